@@ -1,0 +1,141 @@
+"""Prompt compaction: the placeholders of dropped visual tokens leave every per-token input."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vtprune.engine.positions import gather_positions
+from vtprune.errors import InputError
+from vtprune.types import Positions, Selection
+
+# Per-token inputs besides ids and positions, with the value that padding gets.
+PER_TOKEN = {"attention_mask": 0, "token_type_ids": 0, "mm_token_type_ids": 0, "labels": -100}
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt and what became of it.
+
+    Attributes:
+        ids: ``[B, L]`` as the caller gave them.
+        valid: ``[B, L]`` bool, real tokens.
+        index: ``[B, L']`` source position of each token of the short prompt, -1 = padding.
+        sample: row of each image.
+    """
+
+    ids: Tensor
+    valid: Tensor
+    index: Tensor
+    sample: list[int]
+
+    @property
+    def length(self) -> int:
+        return self.ids.shape[1]
+
+    @property
+    def short(self) -> int:
+        return self.index.shape[1]
+
+    @property
+    def removed(self) -> Tensor:
+        """``[B]`` number of visual tokens that left each row."""
+        return self.valid.sum(1) - (self.index >= 0).sum(1)
+
+
+def samples_of(ids: Tensor, placeholder: int, lengths: Sequence[int]) -> list[int]:
+    """Returns the row that each image belongs to.
+
+    Args:
+        ids: ``[B, L]``.
+        lengths: visual tokens of each image, in order.
+
+    Raises:
+        InputError: placeholders and images disagree, in all or in one row.
+    """
+    per_row = (ids == placeholder).sum(1).tolist()
+    if sum(per_row) != sum(lengths):
+        raise InputError(
+            f"The prompts hold {sum(per_row)} image placeholders (id {placeholder}), but the "
+            f"{len(lengths)} images give {sum(lengths)} visual tokens. Build ids and pixels with "
+            "the same processor, and pass as many images as the prompts name."
+        )
+    rows, ends = [], list(accumulate(per_row))
+    for first, last in zip([0, *accumulate(lengths)], accumulate(lengths), strict=False):
+        row = next(i for i, end in enumerate(ends) if first < end)
+        if last > ends[row]:
+            raise InputError(
+                f"Row {row} holds {per_row[row]} image placeholders, which is no whole number of "
+                f"its images ({list(lengths)} visual tokens in order). Check that each prompt "
+                "names its own images."
+            )
+        rows.append(row)
+    return rows
+
+
+def shorten(
+    ids: Tensor, valid: Tensor, placeholder: int, selections: Sequence[Selection]
+) -> Prompt:
+    """Decides which prompt positions stay, in the order that the selections give the tokens.
+
+    Padding stays on the side where it was; where nothing is dropped the prompt is left alone.
+    """
+    batch, length = ids.shape
+    sample = samples_of(ids, placeholder, [s.n for s in selections])
+    every = torch.arange(length, device=ids.device).expand(batch, length)
+    if all(s.is_identity for s in selections):
+        return Prompt(ids, valid, every, sample)
+    source = every.clone()
+    spots = (ids == placeholder).nonzero()[:, 1]
+    stays = valid & (ids != placeholder)
+    first = 0
+    for row, selection in zip(sample, selections, strict=True):
+        slots = selection.slots[0]
+        places = spots[first + slots.sort().values]
+        source[row, places] = spots[first + slots]
+        stays[row, places] = True
+        first += selection.n
+    return Prompt(ids, valid, _pack(source, stays, right=_pads_right(valid)), sample)
+
+
+def _pads_right(valid: Tensor) -> bool:
+    return bool((~valid[:, -1]).any()) and bool(valid[:, 0].all())
+
+
+def _pack(source: Tensor, stays: Tensor, *, right: bool) -> Tensor:
+    """Moves the positions that stay together: ``[B, L']``, padded with -1 on one side."""
+    counts = stays.sum(1)
+    longest = int(counts.max())
+    order = torch.where(stays, 1, 0).argsort(dim=1, stable=True, descending=right)
+    order = order[:, :longest] if right else order[:, order.shape[1] - longest :]
+    return torch.where(stays.gather(1, order), source.gather(1, order), -1)
+
+
+def gather_index(x: Tensor, index: Tensor, pad: int) -> Tensor:
+    """Returns ``x`` ``[B, L]`` at ``index`` ``[B, L']``, ``pad`` where the index is -1."""
+    return x.gather(1, index.clamp(min=0)).masked_fill(index < 0, pad)
+
+
+def compact(
+    prompt: Prompt, batch: Mapping[str, Any], positions: Tensor, policy: Positions, pad_id: int
+) -> dict[str, Any]:
+    """Returns ``batch`` with every per-token input cut to the short prompt.
+
+    Args:
+        positions: ``[B, L]`` or ``[rows, B, L]`` position ids of the full prompt.
+        pad_id: token id for padding.
+    """
+    short = dict(batch)
+    index = prompt.index
+    short["input_ids"] = gather_index(prompt.ids, index, pad_id)
+    short["attention_mask"] = (index >= 0).long()
+    for name, pad in PER_TOKEN.items():
+        if name != "attention_mask" and batch.get(name) is not None:
+            short[name] = gather_index(batch[name], index, pad)
+    short["position_ids"] = gather_positions(positions, index, policy)
+    return short

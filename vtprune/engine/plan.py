@@ -1,0 +1,167 @@
+"""From a user's words to steps: names, budgets, layers and resources checked against a model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from vtprune.engine.signals import Step, select_group
+from vtprune.engine.wrap import Handle
+from vtprune.errors import ConfigError, UnsupportedError
+from vtprune.registry import adapter_classes, build, unknown
+from vtprune.types import (
+    Budget,
+    Facts,
+    Keep,
+    Positions,
+    Selection,
+    Signals,
+    Site,
+    Strategy,
+    check_needs,
+)
+from vtprune.vlm_adapters._base import VLMAdapter
+
+Named = str | Strategy
+
+
+def wrap(
+    model: PreTrainedModel,
+    strategy: Named | Sequence[Named],
+    *,
+    keep: Keep | Sequence[Keep] | None = None,
+    reduce: int | None = None,
+    layers: Sequence[int] | None = None,
+    positions: Positions | None = None,
+    processor: Any = None,
+    text_encoder: Any = None,
+    **options: Any,
+) -> Handle:
+    """Makes this model instance drop or merge visual tokens; returns the handle that undoes it.
+
+    Args:
+        model: a supported Hugging Face vision-language model.
+        strategy: a name, an instance, or a list of them applied in order.
+        keep: visual tokens that stay per image: a count (int) or a share (float in (0, 1]);
+            for a list of strategies one per strategy.
+        reduce: tokens removed per block; only for ViT merging methods.
+        layers: 0-based tower blocks to read instead of the strategy's own; never remapped.
+        positions: ``keep`` or ``renumber`` the survivors' position ids; default as the authors.
+        processor: needed by text-guided strategies, to tell words from special tokens.
+        text_encoder: CLIP's text tower, for strategies that use it.
+        **options: fields of the strategy.
+
+    Raises:
+        ConfigError: unknown strategy or option, or a value out of range.
+        UnsupportedError: a family or a combination that cannot give right answers.
+    """
+    adapter = find_adapter(model)
+    facts = adapter.facts
+    if reduce is not None:
+        raise ConfigError(
+            f"reduce={reduce} is for merging inside a ViT; for {facts.family} say keep= instead."
+        )
+    if text_encoder is not None:
+        raise ConfigError("text_encoder was given, but no strategy here reads it; leave it out.")
+    listed: list[Any] = list(strategy) if isinstance(strategy, (list, tuple)) else [strategy]
+    if not listed:
+        raise ConfigError("strategy=[] names none; give at least one.")
+    if len(listed) > 1 and (options or layers is not None):
+        raise ConfigError("Options and layers of several strategies go on their instances.")
+    chosen = [_with_layers(build(s, **options), layers) for s in listed]
+    steps = _steps(chosen, _budgets(keep, len(chosen)), facts)
+    if processor is None and any(step.stage.reads_text for step in steps):
+        raise ConfigError(
+            f"{chosen[0].name} reads the instruction; pass processor= (the model's own), so that "
+            "words can be told from special tokens."
+        )
+    return Handle(model, adapter, steps, _positions(positions, chosen), processor)
+
+
+def select(
+    strategy: Named,
+    *,
+    keep: Keep,
+    signals: Signals,
+    layers: Sequence[int] | None = None,
+    **options: Any,
+) -> Selection:
+    """Decides on tensors of your own, without a model.
+
+    Args:
+        strategy: a name or an instance.
+        keep: tokens that stay per row: a count (int) or a share (float in (0, 1]).
+        signals: the candidate tokens ``[B, N, D]`` and the quantities that the strategy reads.
+        layers, **options: fields of the strategy.
+
+    Returns:
+        The selection of ``[B, K]`` tokens; ``selection.apply(x)`` gives the outputs.
+
+    Raises:
+        ConfigError: unknown strategy or option, or more tokens asked for than there are.
+        InputError: a quantity that the strategy reads is missing.
+    """
+    chosen = _with_layers(build(strategy, **options), layers)
+    budget = Budget.of(keep)
+    budget.check(signals.n)
+    counts = set(chosen.counts(signals, budget))
+    if len(counts) > 1:
+        raise ConfigError(
+            f"{chosen.name} keeps different counts per row here ({sorted(counts)}); "
+            "select each row on its own, with signals.rows(index)."
+        )
+    return select_group(chosen, signals, counts.pop())
+
+
+def find_adapter(model: PreTrainedModel) -> VLMAdapter:
+    """Returns the adapter of this model's class.
+
+    Raises:
+        ConfigError: not a transformers model. UnsupportedError: no adapter serves its class.
+    """
+    name = type(model).__name__
+    if not isinstance(model, PreTrainedModel):
+        raise ConfigError(f"wrap() takes a transformers model, not a {name}.")
+    known = {served: cls for cls in adapter_classes() for served in cls.classes}
+    if name not in known:
+        raise UnsupportedError(str(unknown("model family", name, known)))
+    return known[name](model)
+
+
+def _with_layers(strategy: Strategy, layers: Sequence[int] | None) -> Strategy:
+    return strategy if layers is None else replace(strategy, layers=tuple(layers))
+
+
+def _budgets(keep: Keep | Sequence[Keep] | None, n: int) -> list[Budget]:
+    if keep is None:
+        raise ConfigError("keep is missing; give the tokens that stay per image, e.g. keep=0.25.")
+    each: list[Any] = list(keep) if isinstance(keep, (list, tuple)) else [keep]
+    if len(each) != n:
+        raise ConfigError(f"keep={keep!r} gives {len(each)} budgets for {n} strategies.")
+    return [Budget.of(one) for one in each]
+
+
+def _steps(chosen: Sequence[Strategy], budgets: Sequence[Budget], facts: Facts) -> list[Step]:
+    steps: list[Step] = []
+    for strategy, budget in zip(chosen, budgets, strict=True):
+        if facts.n_tokens is not None:
+            budget.check(facts.n_tokens)
+        for stage in strategy.plan(facts):
+            check_needs(stage.needs, facts, strategy.name)
+            if stage.site is Site.ENCODER and steps:
+                raise UnsupportedError(
+                    f"{strategy.name} works inside the encoder, so it must come first in the list."
+                )
+            steps.append(Step(strategy, stage, budget))
+    return steps
+
+
+def _positions(given: Positions | None, chosen: Sequence[Strategy]) -> Positions:
+    if given is None:
+        return chosen[-1].positions
+    if given not in ("keep", "renumber"):
+        raise ConfigError(f"positions={given!r} is unknown; choose 'keep' or 'renumber'.")
+    return given

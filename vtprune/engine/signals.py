@@ -1,0 +1,167 @@
+"""From the tensors of many images to one decision per image: grouping, counting, aligning."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vtprune.errors import InputError, UnsupportedError
+from vtprune.types import Budget, Mix, Selection, Signals, Stage, Strategy, TowerNeed
+
+
+@dataclass(frozen=True)
+class Step:
+    """A stage with the strategy that planned it and the budget it keeps."""
+
+    strategy: Strategy
+    stage: Stage
+    budget: Budget
+
+
+@dataclass
+class Images:
+    """The images of one call, in order; tensors of one image have leading dimension ``n_i``.
+
+    ``tokens`` change from stage to stage; ``values`` follow the survivors; ``kept`` maps them to
+    the positions before the first stage.
+    """
+
+    tokens: list[Tensor]
+    grids: list[tuple[int, int, int] | None]
+    values: dict[TowerNeed, list[Tensor]]
+    text: list[Tensor] | None
+    kept: list[Selection]
+
+
+def decide(step: Step, images: Images) -> list[Selection]:
+    """Asks the strategy for one selection per image (batch dimension 1).
+
+    The strategy is called on groups of images with equal numbers of tokens, then of kept tokens,
+    so it never sees padding.
+    """
+    chosen: dict[int, Selection] = {}
+    groups: dict[tuple[object, ...], list[int]] = defaultdict(list)
+    for i, tokens in enumerate(images.tokens):
+        groups[len(tokens), images.grids[i]].append(i)
+    for members in groups.values():
+        signals = _signals(step, images, members)
+        counts = step.strategy.counts(signals, step.budget)
+        for k in sorted(set(counts)):
+            rows = [row for row, count in enumerate(counts) if count == k]
+            part = signals
+            if len(rows) < len(counts):
+                part = signals.rows(torch.tensor(rows, device=signals.tokens.device))
+            selection = select_group(step.strategy, part, k)
+            chosen |= {members[row]: selection.row(j) for j, row in enumerate(rows)}
+    return [chosen[i] for i in range(len(images.tokens))]
+
+
+def _signals(step: Step, images: Images, members: Sequence[int]) -> Signals:
+    tokens = torch.stack([images.tokens[i] for i in members])
+    return Signals(
+        tokens,
+        images.grids[members[0]],
+        torch.tensor(members, device=tokens.device),
+        {
+            need: torch.stack([images.values[need][i] for i in members])
+            for need in step.stage.tower_needs
+        },
+        None if images.text is None else [images.text[i] for i in members],
+    )
+
+
+def select_group(strategy: Strategy, signals: Signals, k: int) -> Selection:
+    """Returns the checked selection of ``k`` tokens per row; everything when ``k`` covers N."""
+    batch, n = signals.tokens.shape[:2]
+    if k >= n:
+        return Selection.all(batch, n, signals.tokens.device)
+    selection = strategy.select(signals, k)
+    if tuple(selection.rows.shape) != (batch, k) or selection.n != n:
+        raise InputError(
+            f"{strategy.name} returned rows {tuple(selection.rows.shape)} of {selection.n} tokens; "
+            f"asked were {(batch, k)} of {n}."
+        )
+    return selection
+
+
+def survive(images: Images, chosen: Sequence[Selection], later: Collection[TowerNeed]) -> Images:
+    """Returns the images after ``chosen``: the quantities in ``later`` follow the survivors."""
+    refuse_orphans(chosen, later)
+    return Images(
+        [s.apply(x[None])[0] for s, x in zip(chosen, images.tokens, strict=True)],
+        [g if s.is_identity else None for s, g in zip(chosen, images.grids, strict=True)],
+        {
+            need: [v[s.rows[0]] for s, v in zip(chosen, images.values[need], strict=True)]
+            for need in later
+        },
+        images.text,
+        [compose(a, b) for a, b in zip(images.kept, chosen, strict=True)],
+    )
+
+
+def refuse_orphans(chosen: Sequence[Selection], later: Collection[TowerNeed]) -> None:
+    """Raises UnsupportedError where a new row (a kept CLS) lacks a quantity that is read later."""
+    if later and any(s.mix is not None and bool((s.rows < 0).any()) for s in chosen):
+        raise UnsupportedError(
+            "A strategy that makes new tokens cannot be followed by one that reads signals of the "
+            "tower. Put the latter first."
+        )
+
+
+def compose(first: Selection, second: Selection) -> Selection:
+    """Returns the selection (batch 1) that equals ``second`` after ``first``."""
+    if first.is_identity:
+        return second
+    if second.is_identity:
+        return first
+    new = second.rows < 0
+    rows = first.rows.gather(1, second.rows.clamp(min=0)).masked_fill(new, -1)
+    if first.mix is None and second.mix is None:
+        return Selection(rows, first.n)
+    width = first.n + max(_n_prefix(first), _n_prefix(second))
+    weights = _matrix(second, first.rows.shape[1]) @ _matrix(first, width)
+    target, source = weights.nonzero(as_tuple=True)
+    return Selection(rows, first.n, Mix(source[None], target[None], weights[target, source][None]))
+
+
+def _n_prefix(selection: Selection) -> int:
+    """Prefix tokens that the selection mixes in."""
+    if selection.mix is None:
+        return 0
+    return max(0, int(selection.mix.source.max()) + 1 - selection.n)
+
+
+def _matrix(selection: Selection, width: int) -> Tensor:
+    """Dense weights ``[K, width]`` of a selection with batch dimension 1."""
+    k = selection.rows.shape[1]
+    weights = torch.zeros(k, width, device=selection.rows.device)
+    if selection.mix is None:
+        return weights.scatter_(1, selection.rows[0][:, None], 1.0)
+    mix = selection.mix
+    return weights.index_put_((mix.target[0], mix.source[0]), mix.weight[0], accumulate=True)
+
+
+def instruction_text(
+    ids: Tensor, valid: Tensor, placeholder: int, special: Sequence[int], embed: torch.nn.Module
+) -> list[Tensor]:
+    """Embeds the instruction words of each sample, ``[M_b, D]``.
+
+    They are the non-visual, non-special tokens after the sample's last image, else all such tokens.
+
+    Args:
+        ids: ``[B, L]`` prompt with placeholders; ``valid`` ``[B, L]`` bool marks real tokens.
+        placeholder: id of a visual token; ``special``: ids of special tokens.
+        embed: the language model's embedding table.
+    """
+    visual = ids == placeholder
+    special_ids = torch.tensor([placeholder, *special], device=ids.device)
+    words = valid & ~torch.isin(ids, special_ids)
+    after = words & (visual.flip(1).cumsum(1).flip(1) == 0)
+    texts = []
+    for row, tail, every in zip(ids, after, words, strict=True):
+        texts.append(embed(row[tail if bool(tail.any()) else every]))
+    return texts

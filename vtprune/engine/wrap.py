@@ -1,0 +1,301 @@
+"""``wrap``: plan a strategy for a model, install it on this one instance, undo it."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import time
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, PreTrainedModel
+
+from vtprune.engine import tap
+from vtprune.engine.compaction import Prompt, compact, samples_of, shorten
+from vtprune.engine.encoder import encode
+from vtprune.engine.generation import FullPrompt, refuse, setting, shift_lengths
+from vtprune.engine.positions import Continuation, full_positions
+from vtprune.engine.report import ImageReport, Report
+from vtprune.engine.signals import Step, instruction_text
+from vtprune.errors import InputError, UnsupportedError
+from vtprune.types import Positions, Selection
+from vtprune.vlm_adapters._base import VLMAdapter
+
+
+@dataclass(frozen=True)
+class _Call:
+    """The running call of a handle; ``gaps`` says that its position ids have holes."""
+
+    handle: Handle
+    gaps: bool
+
+
+_running: ContextVar[_Call | None] = ContextVar("vtprune_call", default=None)
+_live: weakref.WeakSet[Handle] = weakref.WeakSet()
+
+
+class Handle:
+    """A wrapped model. ``remove()`` (or leaving the ``with`` block) gives the original back.
+
+    Attributes:
+        selections: the last call's selection per image, each with a batch dimension of 1.
+        index: the last call's ``[B, L']`` map from the shortened prompt to the caller's, -1 =
+            padding; logits of a direct ``model(**batch)`` have this length.
+        timing: set to True to measure the phases of every call.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        adapter: VLMAdapter,
+        steps: Sequence[Step],
+        positions: Positions,
+        processor: Any = None,
+    ) -> None:
+        _refuse_overlap(model)
+        self.model, self.adapter, self.steps = model, adapter, tuple(steps)
+        self.positions: Positions = positions
+        self.timing = False
+        self.selections: list[Selection] = []
+        self.index: Tensor | None = None
+        self._processor = processor
+        self._prompt: Prompt | None = None
+        self._ms: dict[str, float] = {}
+        self._undo = ExitStack()
+        with ExitStack() as undo:  # a failure half-way leaves nothing behind
+            self._install(undo)
+            self._undo = undo.pop_all()
+        _live.add(self)
+
+    def __enter__(self) -> Handle:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.remove()
+
+    def remove(self) -> None:
+        """Takes everything off the model; a second call does nothing."""
+        self._undo.close()
+        _live.discard(self)
+
+    def report(self) -> Report:
+        """Returns what the last call kept, per image."""
+        names = " + ".join(repr(step.strategy) for step in self.steps)
+        layers = {need.layer for s in self.steps for need in s.stage.tower_needs}
+        wanted = [s.budget.tokens or 0 for s in self.steps]
+        samples = self._prompt.sample if self._prompt is not None else []
+        images = tuple(
+            ImageReport(row, s.n, s.rows.shape[1], max(wanted) > s.n)
+            for row, s in zip(samples, self.selections, strict=True)
+        )
+        return Report(names, tuple(sorted(layers)), images, dict(self._ms))
+
+    def _install(self, undo: ExitStack) -> None:
+        implementation = self.adapter.tower.config._attn_implementation or "eager"
+        tap.install(implementation)
+        undo.callback(tap.uninstall, implementation)
+        hook = self.adapter.language_model.register_forward_pre_hook(
+            self._fill_mask, with_kwargs=True
+        )
+        undo.callback(hook.remove)
+        for name, replacement in (("generate", self._generate), ("forward", self._forward)):
+            undo.callback(_restore(self.model, name))
+            original = getattr(self.model, name)
+            setattr(self.model, name, _bound(original, replacement))
+
+    # -- calls ---------------------------------------------------------------------------------
+
+    def _generate(self, original: Callable[..., Any], batch: dict[str, Any]) -> Any:
+        refuse(batch)
+        if batch.get("inputs") is not None:
+            batch["input_ids"] = batch.pop("inputs")
+        batch.pop("inputs", None)
+        if not self._has_images(batch):
+            return original(**batch)
+        with torch.no_grad():
+            valid = self._valid(batch)
+            encoded, prompt = self._encode(batch, valid)
+            short = self._encoded(batch, encoded)
+            if prompt.short < prompt.length:
+                positions = batch.get("position_ids")
+                if positions is None:
+                    prepare: Any = self.model._prepare_position_ids_for_generation
+                    positions = prepare(prompt.ids, {"attention_mask": valid.long()})
+                short = compact(prompt, short, positions, self.positions, self._pad_id(batch))
+                shift_lengths(short, self.model.generation_config, prompt.length - prompt.short)
+                full = FullPrompt(prompt.ids, prompt.short)
+                full.adapt(short)
+                return full.output(self._run(original, short, prompt))
+        return self._run(original, short, prompt)
+
+    def _forward(self, original: Callable[..., Any], batch: dict[str, Any]) -> Any:
+        call = _running.get()
+        if call is not None and call.handle is self:
+            return original(**batch)
+        if batch.get(self.adapter.pixels) is None and batch.get("past_key_values") is not None:
+            return self._resume(original, batch)
+        if not self._has_images(batch):
+            return original(**batch)
+        refuse(batch)
+        encoded, prompt = self._encode(batch, self._valid(batch))
+        short = self._encoded(batch, encoded)
+        if prompt.short == prompt.length:
+            return self._run(original, short, prompt)
+        if isinstance(batch.get("logits_to_keep"), Tensor):
+            raise UnsupportedError(
+                "logits_to_keep as a tensor names positions of the full prompt; pass a number, or "
+                "pick rows of the logits through handle.index."
+            )
+        positions = full_positions(batch, prompt.ids)
+        short = compact(prompt, short, positions, self.positions, self._pad_id(batch))
+        result = self._run(original, short, prompt)
+        for value in result.values() if isinstance(result, Mapping) else result:
+            if isinstance(value, Cache):
+                after = Continuation.after(prompt.index, positions, short["position_ids"])
+                value._vtprune = after  # type: ignore[attr-defined]
+        return result
+
+    def _resume(self, original: Callable[..., Any], batch: dict[str, Any]) -> Any:
+        """One step of a decode loop that the caller runs."""
+        cache = batch["past_key_values"]
+        after: Continuation | None = getattr(cache, "_vtprune", None)
+        if after is None or batch.get("input_ids") is None:
+            return original(**batch)
+        return original(**after.resume(batch, cache.get_seq_length()))
+
+    def _run(self, original: Callable[..., Any], batch: dict[str, Any], prompt: Prompt) -> Any:
+        gaps = prompt.short < prompt.length and self.positions == "keep"
+        token = _running.set(_Call(self, gaps))
+        try:
+            with self._clock("language"):
+                return original(**batch)
+        finally:
+            _running.reset(token)
+
+    # -- parts of a call -----------------------------------------------------------------------
+
+    def _has_images(self, batch: Mapping[str, Any]) -> bool:
+        ids = batch.get("input_ids")
+        if batch.get(self.adapter.pixels) is not None:
+            if ids is None:
+                refuse(batch)
+                raise InputError("Pixels were given without input_ids; pass both.")
+            return True
+        n = 0 if ids is None else int((ids == self.adapter.placeholder).sum())
+        if n and batch.get("mm_encoder_outputs") is None:
+            raise InputError(
+                f"The prompts hold {n} image placeholders (id {self.adapter.placeholder}), but no "
+                f"{self.adapter.pixels} were given. Pass the images, or a prompt without <image>."
+            )
+        if batch.get("mm_encoder_outputs") is not None:
+            refuse(batch)
+        return False
+
+    def _encode(self, batch: Mapping[str, Any], valid: Tensor) -> tuple[Any, Prompt]:
+        ids, placeholder = batch["input_ids"], self.adapter.placeholder
+        with self._clock("encode"):
+            reads_text = any(step.stage.reads_text for step in self.steps)
+            text = self._text(ids, valid) if reads_text else None
+            encoded, selections = encode(self.adapter, self.steps, batch, text)
+            prompt = shorten(ids, valid, placeholder, selections)
+        self.selections, self._prompt, self.index = selections, prompt, prompt.index
+        return encoded, prompt
+
+    def _encoded(self, batch: Mapping[str, Any], encoded: Any) -> dict[str, Any]:
+        rest = {k: v for k, v in batch.items() if k != self.adapter.pixels}
+        return {**rest, "mm_encoder_outputs": {"image": encoded}}
+
+    def _text(self, ids: Tensor, valid: Tensor) -> Callable[[list[int]], list[Tensor]]:
+        def per_image(lengths: list[int]) -> list[Tensor]:
+            special = self._processor.tokenizer.all_special_ids
+            embed = self.model.get_input_embeddings()
+            texts = instruction_text(ids, valid, self.adapter.placeholder, special, embed)
+            return [texts[row] for row in samples_of(ids, self.adapter.placeholder, lengths)]
+
+        return per_image
+
+    def _valid(self, batch: Mapping[str, Any]) -> Tensor:
+        """Real tokens ``[B, L]``: the mask, or what generate would infer from padding ids."""
+        ids, mask = batch["input_ids"], batch.get("attention_mask")
+        if mask is not None:
+            if mask.shape != ids.shape:
+                raise UnsupportedError(
+                    f"attention_mask has shape {tuple(mask.shape)}; a wrapped model takes the 2-D "
+                    f"mask of the prompt, {tuple(ids.shape)}."
+                )
+            return mask.bool()
+        return torch.ones_like(ids, dtype=torch.bool)
+
+    def _pad_id(self, batch: Mapping[str, Any]) -> int:
+        config, default = batch.get("generation_config"), self.model.generation_config
+        pad = setting(batch, config, default, "pad_token_id")
+        return 0 if pad is None else int(pad)
+
+    def _fill_mask(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Without cache and mask, gapped position ids would be read as packed sequences."""
+        call = _running.get()
+        alone = kwargs.get("past_key_values") is None and kwargs.get("attention_mask") is None
+        if call is None or call.handle is not self or not call.gaps or not alone:
+            return None
+        ones = torch.ones(kwargs["inputs_embeds"].shape[:2], device=kwargs["inputs_embeds"].device)
+        return args, {**kwargs, "attention_mask": ones.long()}
+
+    @contextmanager
+    def _clock(self, phase: str) -> Iterator[None]:
+        if not self.timing:
+            yield
+            return
+        began = _now(self.model.device)
+        yield
+        self._ms[phase] = 1000 * (_now(self.model.device) - began)
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _refuse_overlap(model: nn.Module) -> None:
+    for handle in _live:
+        wrapped = handle.model
+        if any(m is wrapped for m in model.modules()) or any(m is model for m in wrapped.modules()):
+            names = " + ".join(step.strategy.name for step in handle.steps)
+            raise UnsupportedError(
+                f"{type(wrapped).__name__} is wrapped already (by {names}). Call remove() on that "
+                "handle first, or give a list of strategies to one wrap()."
+            )
+
+
+def _restore(model: nn.Module, name: str) -> Callable[[], None]:
+    """Returns what puts the instance attribute ``name`` back as it is now."""
+    had, before = name in vars(model), vars(model).get(name)
+
+    def undo() -> None:
+        if had:
+            setattr(model, name, before)
+        else:
+            vars(model).pop(name, None)
+
+    return undo
+
+
+def _bound(original: Callable[..., Any], replacement: Callable[..., Any]) -> Callable[..., Any]:
+    """Calls ``replacement(original, named arguments)`` under the original's signature."""
+    signature = inspect.signature(original)
+    extra = [p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD]
+
+    @functools.wraps(original)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        batch = dict(signature.bind(*args, **kwargs).arguments)
+        for name in extra:
+            batch |= batch.pop(name, {})
+        return replacement(original, batch)
+
+    return call

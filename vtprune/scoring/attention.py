@@ -1,0 +1,20 @@
+"""Scores from the vision tower's attention."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from vtprune.types import ClsRow, Facts, Need, Received, Signals
+
+
+def salience_needs(layers: Sequence[int], facts: Facts) -> tuple[Need, ...]:
+    """Returns what tells a patch's salience: the CLS row, or attention received without a CLS."""
+    kind = ClsRow if facts.has_cls else Received
+    return tuple(kind(layer) for layer in layers)
+
+
+def salience(signals: Signals) -> Tensor:
+    """Returns the salience of each patch, summed over the layers read: ``[B, N]`` float32."""
+    return signals.stack(ClsRow, Received).sum(0)

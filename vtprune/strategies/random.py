@@ -1,0 +1,30 @@
+"""Keeps a random subset: the baseline that every method has to beat (a baseline of this package).
+
+The draw depends on the seed and on the number of tokens only, so every image keeps the same places
+and a run repeats exactly.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vtprune.errors import ConfigError
+from vtprune.types import Signals, Strategy
+
+
+@dataclass(frozen=True)
+class Random(Strategy):
+    """``seed`` (>= 0) chooses the subset."""
+
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
+            raise ConfigError(f"seed={self.seed!r} must be a whole number of at least 0.")
+
+    def score(self, signals: Signals) -> Tensor:
+        draw = torch.rand(signals.n, generator=torch.Generator().manual_seed(self.seed))
+        return draw.to(signals.tokens.device).expand(len(signals.tokens), -1)
