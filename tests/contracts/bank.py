@@ -1,0 +1,121 @@
+"""Towers, and signals that satisfy whatever a strategy asks of them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from vtprune.types import (
+    ClsRow,
+    Facts,
+    InstructionText,
+    Keys,
+    Need,
+    Received,
+    Selection,
+    Signals,
+    Strategy,
+)
+
+WIDTH = 16
+TOWERS = {
+    name: Facts(
+        vision_layers=12,
+        feature_block=10,
+        has_cls=has_cls,
+        signals=Facts.signals_of(cls_row=has_cls),
+        family=f"a tower {name}",
+    )
+    for name, has_cls in {"with CLS": True, "without CLS": False}.items()
+}
+
+
+def _value(need: Need, batch: int, n: int, generator: torch.Generator) -> Tensor:
+    if isinstance(need, (ClsRow, Received)):
+        return torch.randn(batch, n, generator=generator).softmax(-1)
+    if isinstance(need, Keys):
+        return torch.randn(batch, n, 8, generator=generator)
+    raise NotImplementedError(f"Say here what random {need} look like.")
+
+
+def make_signals(strategy: Strategy, facts: Facts, batch: int, n: int, seed: int = 0) -> Signals:
+    """Random tokens ``[batch, n, 16]`` and all that the strategy's stages need."""
+    generator = torch.Generator().manual_seed(seed)
+    needs = {need for stage in strategy.plan(facts) for need in stage.needs}
+    side = round(n**0.5)
+    signals = Signals(
+        tokens=torch.randn(batch, n, WIDTH, generator=generator),
+        grid=(1, side, side) if side * side == n else None,
+        item=torch.arange(batch),
+    )
+    if InstructionText() in needs:
+        signals.text = [torch.randn(b + 1, WIDTH, generator=generator) for b in range(batch)]
+    read = sorted(needs - {InstructionText()}, key=repr)
+    signals.values = {need: _value(need, batch, n, generator) for need in read}
+    return signals
+
+
+def constant(signals: Signals) -> Signals:
+    """The signals of the first token, everywhere."""
+    return replace(
+        signals,
+        tokens=signals.tokens[:, :1].expand_as(signals.tokens),
+        values={need: v[:, :1].expand_as(v) for need, v in signals.values.items()},
+    )
+
+
+def cast(signals: Signals, dtype: torch.dtype) -> Signals:
+    """The signals rounded to ``dtype``."""
+    return replace(
+        signals,
+        tokens=signals.tokens.to(dtype),
+        values={need: v.to(dtype) for need, v in signals.values.items()},
+        text=None if signals.text is None else [t.to(dtype) for t in signals.text],
+    )
+
+
+def broken(signals: Signals, rows: list[int], tokens: list[int]) -> Signals:
+    """A copy with NaN in all that is known of these tokens of these rows."""
+    at = (torch.tensor(rows)[:, None], torch.tensor(tokens))
+
+    def spoil(x: Tensor) -> Tensor:
+        return x.clone().index_put(at, torch.tensor(float("nan")))
+
+    values = {need: spoil(v) for need, v in signals.values.items()}
+    return replace(signals, tokens=spoil(signals.tokens), values=values)
+
+
+def same(a: Selection, b: Selection) -> bool:
+    """Whether two selections are equal, the weights of their mix included."""
+    if a.n != b.n or not torch.equal(a.rows, b.rows) or (a.mix is None) != (b.mix is None):
+        return False
+    if a.mix is None or b.mix is None:
+        return True
+    edges = [(m.source, m.target, m.weight) for m in (a.mix, b.mix)]
+    return all(torch.equal(x, y) for x, y in zip(*edges, strict=True))
+
+
+def assert_valid(selection: Selection, batch: int, n: int, k: int, facts: Facts) -> None:
+    """Asserts an exact count of distinct rows in range, and outputs made of what there is."""
+    rows, slots = selection.rows, selection.slots
+    assert selection.n == n
+    assert rows.shape == slots.shape == (batch, k)
+    assert rows.dtype == slots.dtype == torch.int64
+    for row, slot in zip(rows.tolist(), slots.tolist(), strict=True):
+        kept = [r for r in row if r != -1]
+        assert len(set(kept)) == len(kept)
+        assert all(0 <= r < n for r in kept)
+        assert len(set(slot)) == k
+        assert all(0 <= s < n for s in slot)
+        assert [s for r, s in zip(row, slot, strict=True) if r != -1] == kept
+    if selection.mix is None:
+        assert (rows >= 0).all()
+        return
+    mix = selection.mix
+    assert ((mix.source >= 0) & (mix.source < n + int(facts.has_cls))).all()
+    assert ((mix.target >= 0) & (mix.target < k)).all()
+    assert mix.weight.dtype == torch.float32
+    assert mix.weight.isfinite().all()
+    assert all(set(row) == set(range(k)) for row in mix.target.tolist())  # no empty output

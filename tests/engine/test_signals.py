@@ -1,0 +1,157 @@
+"""What a strategy reads under sdpa equals what an eager copy's probabilities give."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import pytest
+import torch
+from torch import Tensor
+
+import vtprune
+from tests import tiny
+from vtprune.engine import tap
+from vtprune.engine.signals import instruction_text
+from vtprune.types import (
+    ClsRow,
+    Facts,
+    InstructionText,
+    Keys,
+    Need,
+    Received,
+    Signals,
+    Strategy,
+    TowerNeed,
+)
+from vtprune.vlm_adapters.llava import Llava
+
+
+@dataclass(frozen=True)
+class Spy(Strategy):
+    """Keeps the received signals for the test to look at."""
+
+    wanted: tuple[Need, ...] = ()
+    seen: list[Signals] = field(default_factory=list)
+
+    def needs(self, facts: Facts) -> tuple[Need, ...]:
+        return self.wanted
+
+    def score(self, signals: Signals) -> Tensor:
+        self.seen.append(signals)
+        return signals.tokens.norm(dim=-1)
+
+
+def wanted(tower: str) -> tuple[TowerNeed, ...]:
+    needs = [kind(layer) for kind in (Received, Keys) for layer in (0, 1, 2)]
+    return tuple(needs + ([ClsRow(1), ClsRow(2)] if tower == "clip" else []))
+
+
+def expected(need: TowerNeed, tower: str, pixels: Tensor) -> Tensor:
+    """The quantity from an eager copy: probabilities, or the projected keys."""
+    vision = tiny.build(tower, "eager").model.vision_tower
+    first = int(tower == "clip")
+    keys: list[Tensor] = []
+    attention = vision.encoder.layers[need.layer].self_attn
+    hook = attention.k_proj.register_forward_hook(lambda m, i, out: keys.append(out))
+    with torch.no_grad():
+        probabilities = vision(pixels, output_attentions=True).attentions[need.layer]
+    hook.remove()
+    if isinstance(need, ClsRow):
+        return probabilities[:, :, 0, 1:].mean(1)
+    if isinstance(need, Received):
+        return probabilities.mean((1, 2))[:, first:]
+    return keys[0].unflatten(-1, (4, 8)).mean(2)[:, first:]
+
+
+def check(tower: str, attention: str = "sdpa") -> None:
+    spy, inputs = Spy(wanted=wanted(tower)), tiny.ragged()
+    with vtprune.wrap(tiny.build(tower, attention), spy, keep=9) as handle:
+        cast(Any, handle.model).generate(**inputs, max_new_tokens=1)
+    (signals,) = spy.seen
+    assert signals.tokens.shape == (3, tiny.N, 32)
+    assert signals.grid == (1, 6, 6)
+    for need in wanted(tower):
+        value = signals.values[need]
+        torch.testing.assert_close(value, expected(need, tower, inputs["pixel_values"]))
+        assert (value - expected(need, tower, inputs["pixel_values"])).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("tower", ["clip", "siglip"])
+def test_signals_equal_eager(tower, attention):
+    check(tower, attention)
+
+
+@pytest.mark.parametrize("tower", ["clip", "siglip"])
+def test_the_same_tokens_follow(tower):
+    model, inputs = tiny.build(tower), tiny.ragged()
+    need = ClsRow(2) if tower == "clip" else Received(2)
+    top = expected(need, tower, inputs["pixel_values"]).topk(9).indices.sort().values
+    with vtprune.wrap(model, "fastervlm", keep=9) as handle:
+        model.generate(**inputs, max_new_tokens=1)
+        assert torch.equal(torch.cat([s.rows for s in handle.selections]), top)
+
+
+def test_tap_one_layer_off_is_noticed(monkeypatch):
+    right = Llava.attention
+    monkeypatch.setattr(Llava, "attention", lambda self, layer: right(self, max(0, layer - 1)))
+    with pytest.raises(AssertionError):
+        check("clip")
+
+
+def test_kept_cls_is_noticed(monkeypatch):
+    right = tap.Tap._reduce
+
+    def shifted(self, need, q, k, scale):
+        n_prefix, self.n_prefix = self.n_prefix, 0
+        value = right(self, need, q, k, scale)[:, :-1]
+        self.n_prefix = n_prefix
+        return value
+
+    monkeypatch.setattr(tap.Tap, "_reduce", shifted)
+    with pytest.raises(AssertionError):
+        check("clip")
+
+
+def test_permuted_heads_are_noticed(monkeypatch):
+    right = tap.attn_rows
+
+    def permuted(q, k, *, scale=None):
+        return right(q, k.flip(1), scale=scale)
+
+    monkeypatch.setattr(tap, "attn_rows", permuted)
+    with pytest.raises(AssertionError):
+        check("clip")
+
+
+def test_wrong_scale_is_noticed(monkeypatch):
+    right = tap.attn_received
+    monkeypatch.setattr(tap, "attn_received", lambda q, k, *, scale: right(q, k, scale=1.0))
+    with pytest.raises(AssertionError):
+        check("siglip")
+
+
+def test_instruction_is_what_follows_the_last_image():
+    embed = torch.nn.Embedding(tiny.VOCAB, 4)
+    image, special = tiny.IMAGE, 1
+    ids = torch.tensor([[0, special, 7, image, image, 8, 9], [special, 5, 6, 7, 8, image, image]])
+    valid = ids != tiny.PAD
+    after, all_words = instruction_text(ids, valid, image, [special], embed)
+    assert torch.equal(after, embed(torch.tensor([8, 9])))
+    assert torch.equal(all_words, embed(torch.tensor([5, 6, 7, 8])))
+
+
+def test_text_reaches_the_strategy():
+    class Processor:
+        class tokenizer:
+            all_special_ids = (0, 1, 2)
+
+    spy, inputs, model = Spy(wanted=(InstructionText(),)), tiny.ragged(), tiny.build()
+    with vtprune.wrap(model, spy, keep=9, processor=Processor):
+        model.generate(**inputs, max_new_tokens=1)
+    texts = spy.seen[0].text
+    assert texts is not None
+    assert [len(text) for text in texts] == [7, 4, 4]
+    embed = model.get_input_embeddings()
+    assert torch.equal(texts[1], embed(inputs["input_ids"][1, -4:]))
