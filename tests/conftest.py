@@ -1,0 +1,47 @@
+"""Options and reports of the suite."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from tests.golden_harness import Case, GoldenError, find_cases
+
+SHIPPED = Path(__file__).parent / "golden"
+GOLDEN_CASES = pytest.StashKey[list[Case]]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    folders = [config.invocation_params.dir / given for given in config.getoption("golden", ())]
+    try:
+        cases = [case for folder in (SHIPPED, *folders) for case in find_cases(folder)]
+    except GoldenError as error:
+        raise pytest.UsageError(str(error)) from error
+    config.stash[GOLDEN_CASES] = list({case.path.resolve(): case for case in cases}.values())
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "golden_case" in metafunc.fixturenames:
+        cases = metafunc.config.stash[GOLDEN_CASES]
+        metafunc.parametrize("golden_case", cases, ids=lambda case: case.name)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Prints how many recorded cases ran, and which wait for their strategy."""
+    run, waiting = 0, Counter[str]()
+    for outcome in ("passed", "failed", "skipped"):
+        for report in terminalreporter.getreports(outcome):
+            method = dict(report.user_properties).get("golden")
+            if method is None:
+                continue
+            if outcome == "skipped":
+                waiting[str(method)] += 1
+            elif report.when == "call":
+                run += 1
+    if run or waiting:
+        terminalreporter.write_line(f"golden cases run: {run}")
+    if waiting:
+        listed = ", ".join(f"{method} {n}" for method, n in sorted(waiting.items()))
+        terminalreporter.write_line(f"golden cases pending: {waiting.total()} ({listed})")

@@ -1,0 +1,28 @@
+"""VTC-CLS: images with the q and k of more blocks than the ensemble reads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import vtprune
+from tests.golden_adapters._tower import signals_of, tower
+from tests.golden_harness import Output, Tensors
+from vtprune.registry import build
+
+
+def from_golden(params: dict[str, Any], tensors: Tensors) -> dict[str, Output]:
+    strategy = build("vtc_cls", start=params["start_layer_0based"])
+    facts = tower(params["num_blocks"])
+    signals = signals_of(strategy, facts, tensors)
+    used = strategy.used_layers(facts)
+    assert list(used) == params["layers_used_0based"]
+    for block in set(range(params["num_blocks"])) - set(used):
+        for name in (f"in.q{block}", f"in.k{block}"):
+            if name in tensors:
+                tensors.ignore(name, f"block {block} is not in the ensemble {used}")
+    selection = vtprune.select(strategy, keep=params["token_num"], signals=signals)
+    return {
+        "out.keep": selection.rows,
+        "out.tokens": selection.apply(signals.tokens),
+        "out.scores": strategy.score(signals),
+    }
