@@ -1,0 +1,189 @@
+"""Time to the first token of a LLaVA with 576 visual tokens: unpruned, pruned, pruned for free.
+
+*Free pruning* is the bound that no strategy can beat: the same encoder call, then the same language
+model on a prompt that somebody else has already shortened. The ratio strategy / free is what a
+strategy costs on top. Weights are random, which changes no time. Calls are interleaved (one of each
+per round), so a slow spell of the machine hits all of them alike; ratios are taken within a round.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+import vtprune
+from vtprune.registry import strategy_names
+
+IMAGE, VOCAB = 999, 1000
+SIDE, PATCH = 336, 14
+N = (SIDE // PATCH) ** 2
+WORDS = 32
+
+
+def build(args: argparse.Namespace) -> Any:
+    """Returns the model: a CLIP tower and a Llama decoder of the same width."""
+    heads = args.width // 64
+    vision = CLIPVisionConfig(
+        hidden_size=args.width,
+        intermediate_size=4 * args.width,
+        num_hidden_layers=args.blocks,
+        num_attention_heads=heads,
+        image_size=SIDE,
+        patch_size=PATCH,
+    )
+    text = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=args.width,
+        intermediate_size=args.width * 11 // 4,
+        num_hidden_layers=args.layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+    )
+    config = LlavaConfig(
+        vision_config=vision, text_config=text, image_token_index=IMAGE, image_seq_length=N
+    )
+    torch.manual_seed(0)
+    model = LlavaForConditionalGeneration._from_config(config, attn_implementation="sdpa")
+    model.generation_config.pad_token_id = 0
+    return model.to(args.device, getattr(torch, args.dtype)).eval()
+
+
+def prompt(n: int, device: torch.device) -> dict[str, Tensor]:
+    """Returns ids and mask ``[1, WORDS + n]``: words around one image of ``n`` visual tokens."""
+    words = torch.randint(3, 900, (WORDS,), generator=torch.Generator().manual_seed(1))
+    ids = torch.cat([words[:4], torch.full((n,), IMAGE), words[4:]])[None].to(device)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def first_token(model: Any, inputs: dict[str, Any]) -> float:
+    """Returns the milliseconds of ``generate`` up to the first token."""
+    began = now(model.device)
+    model.generate(**inputs, max_new_tokens=1, do_sample=False)
+    return now(model.device) - began
+
+
+def free(model: Any, pixels: Tensor, short: dict[str, Tensor], keep: int) -> float:
+    """Returns the milliseconds of the encoder and of ``generate`` on a prompt that is short."""
+    began = now(model.device)
+    with torch.no_grad():
+        encoded = model.model.get_image_features(pixel_values=pixels, return_dict=True)
+    encoded.pooler_output = [rows[:keep] for rows in encoded.pooler_output]
+    first_token(model, {**short, "mm_encoder_outputs": {"image": encoded}})
+    return now(model.device) - began
+
+
+def pruned(model: Any, inputs: dict[str, Any], strategy: str, keep: int) -> float:
+    """Returns the milliseconds under a strategy; installing and removing it are not counted."""
+    with vtprune.wrap(model, strategy, keep=keep) as handle:
+        ms = first_token(model, inputs)
+    (image,) = handle.report().images
+    if image.kept != keep:
+        raise RuntimeError(f"{strategy} kept {image.kept} of {image.tokens} tokens, not {keep}.")
+    return ms
+
+
+def now(device: torch.device) -> float:
+    """Returns milliseconds, after everything queued on the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return 1000 * time.perf_counter()
+
+
+def measure(calls: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
+    """Returns the milliseconds of each call in every round, after one round of warm-up."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for i in range(rounds + 1):
+        for name, call in calls.items():
+            ms = call()
+            if i:
+                times[name].append(ms)
+    return times
+
+
+def table(times: dict[str, list[float]]) -> str:
+    """Returns medians and per-round ratios as Markdown."""
+    lines = [
+        "| call | ms (median) | ms (min - max) | / unpruned | / free |",
+        "|---|--:|--:|--:|--:|",
+    ]
+    for name, ms in times.items():
+        ratios = [
+            statistics.median(a / b for a, b in zip(ms, times[base], strict=True))
+            for base in ("unpruned", "free")
+        ]
+        lines.append(
+            f"| {name} | {statistics.median(ms):.0f} | {min(ms):.0f} - {max(ms):.0f} "
+            f"| {ratios[0]:.3f} | {ratios[1]:.3f} |"
+        )
+    return "\n".join(lines)
+
+
+def conditions(args: argparse.Namespace, model: Any) -> str:
+    """Returns what a figure means nothing without."""
+    device = platform.processor() or platform.machine()
+    if args.device.startswith("cuda"):
+        device = torch.cuda.get_device_name()
+    parameters = sum(p.numel() for p in model.parameters()) / 1e6
+    return "\n".join(
+        [
+            f"command: {shlex.join(['python', *sys.argv])}",
+            f"versions: vtprune {vtprune.__version__}, torch {torch.__version__}, "
+            f"transformers {transformers.__version__}, Python {platform.python_version()}",
+            f"device: {device}, {torch.get_num_threads()} threads, {args.dtype}, sdpa, batch 1",
+            f"model: {args.blocks} tower blocks, {args.layers} decoder layers, width {args.width}, "
+            f"{parameters:.0f} M parameters; {N} visual tokens of a {SIDE} px image, {WORDS} words",
+            f"keep {args.keep}; medians of {args.rounds} interleaved rounds, pixels to first token",
+        ]
+    )
+
+
+def parse() -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--keep", type=int, default=64, help="visual tokens that stay")
+    parser.add_argument("--blocks", type=int, default=12, help="of the vision tower")
+    parser.add_argument("--layers", type=int, default=12, help="of the decoder")
+    parser.add_argument("--width", type=int, default=1024, help="of both; a multiple of 64")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--strategies", nargs="+", default=strategy_names(), metavar="NAME")
+    args = parser.parse_args()
+    if args.rounds < 1 or args.width < 64 or args.width % 64:
+        parser.error("--rounds must be at least 1, and --width a multiple of 64")
+    if not 1 <= args.keep <= N:
+        parser.error(f"--keep must be 1 to {N}")
+    return args
+
+
+def main() -> None:
+    """Measures and prints the table."""
+    args = parse()
+    model = build(args)
+    generator = torch.Generator().manual_seed(2)
+    pixels = torch.randn(1, 3, SIDE, SIDE, generator=generator).to(model.device, model.dtype)
+    inputs = {**prompt(N, model.device), "pixel_values": pixels}
+    short = prompt(args.keep, model.device)
+    calls: dict[str, Callable[[], float]] = {
+        "unpruned": lambda: first_token(model, inputs),
+        "free": lambda: free(model, pixels, short, args.keep),
+    }
+    for name in args.strategies:
+        calls[name] = lambda name=name: pruned(model, inputs, name, args.keep)
+    times = measure(calls, args.rounds)
+    print(conditions(args, model), table(times), sep="\n\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from vtprune import ConfigError
+from vtprune.eval import shipped
+
+
+@pytest.fixture
+def copy(model_dir, tmp_path):
+    return shutil.copytree(model_dir, tmp_path / "copy")
+
+
+def test_half_precision_weights_load_in_float32(copy):
+    weights = load_file(copy / "model.safetensors")
+    half = {name: value.half() for name, value in weights.items()}
+    save_file(half, copy / "model.safetensors", metadata={"format": "pt"})
+    model, processor = shipped.load(str(copy))
+    assert not model.training
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+    name = "language_model.model.layers.3.mlp.up_proj.weight"
+    found = next(v for k, v in half.items() if k.endswith(name.partition("model.")[2]))
+    assert torch.equal(model.model.language_model.layers[3].mlp.up_proj.weight, found.float())
+    assert processor.image_processor is not None
+
+
+def test_a_shipped_name_is_a_folder_of_models(model_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(shipped, "MODELS", tmp_path)
+    shutil.copytree(model_dir, tmp_path / "mini-llava")
+    model, _ = shipped.load()
+    assert shipped.fingerprint(model) == shipped.fingerprint(shipped.load(str(model_dir))[0])
+
+
+def test_an_unknown_name_gets_a_hint():
+    with pytest.raises(ConfigError, match="Did you mean 'mini-llava'"):
+        shipped.load("mini-lava")
+
+
+@pytest.mark.parametrize("name", ["./nothing", "/no/such/dir", "a/b/c", "~/nothing-here"])
+def test_a_path_that_is_no_directory(name):
+    with pytest.raises(ConfigError, match="is no directory"):
+        shipped.load(name)
+
+
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors", "tokenizer.json"])
+def test_a_missing_file_is_named(copy, file):
+    (copy / file).unlink()
+    with pytest.raises(ConfigError, match=rf"lacks {file}"):
+        shipped.load(str(copy))
+
+
+def test_a_truncated_weights_file(copy):
+    file = copy / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+    with pytest.raises(ConfigError, match="cannot be loaded"):
+        shipped.load(str(copy))
+
+
+def test_weights_that_lack_tensors_are_refused(copy):
+    weights = load_file(copy / "model.safetensors")
+    lost = next(name for name in weights if "projector" in name)
+    del weights[lost]
+    save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match="lack 1 tensors"):
+        shipped.load(str(copy))
+
+
+def test_fingerprint_tells_weights_apart(loaded, model_dir):
+    model, _ = shipped.load(str(model_dir))
+    assert shipped.fingerprint(model) == shipped.fingerprint(loaded[0])
+    with torch.no_grad():
+        model.lm_head.weight[0, 0] += 1
+    assert shipped.fingerprint(model) != shipped.fingerprint(loaded[0])

@@ -1,0 +1,152 @@
+from __future__ import annotations
+
+import pytest
+
+import vtprune
+from vtprune import ConfigError
+from vtprune.eval.budgets import CEILING, FLOOR, Point, points
+from vtprune.eval.results import Folder
+from vtprune.eval.samples import Asker, load_samples
+from vtprune.eval.sweep import Sweep, seeded, settings_of
+
+LIMIT, SIZE = 5, 3
+POINTS = points(["random", "visionzip"], ["25%", "1"])
+
+
+@pytest.fixture(scope="module")
+def settings(loaded):
+    return settings_of(loaded[0], "untrained", limit=LIMIT, batch_size=SIZE, seed=0)
+
+
+@pytest.fixture(scope="module")
+def run(loaded, settings):
+    model, processor = loaded
+    return Sweep(model, processor, POINTS, settings)
+
+
+@pytest.fixture(scope="module")
+def whole(run, settings, tmp_path_factory):
+    """The folder of an uninterrupted run."""
+    folder = Folder(tmp_path_factory.mktemp("whole"), settings)
+    steps = []
+    run.run(folder, steps.append)
+    assert sum(steps) == LIMIT * len(POINTS)
+    return folder
+
+
+def test_one_row_per_sample_and_point(whole):
+    found = [(row.point, row.sample) for row in whole.answers.rows]
+    assert len(set(found)) == len(found) == LIMIT * len(POINTS)
+    assert {point for point, _ in found} == set(POINTS)
+    samples = load_samples(0, LIMIT)
+    for row in whole.answers.rows:
+        sample = samples[row.sample]
+        asked = (sample.task, sample.question, sample.expected)
+        assert (row.task, row.question, row.expected) == asked
+        assert row.right == (row.answer == row.expected)
+
+
+def test_counts_are_those_of_the_handle(whole):
+    kept = {row.point: (row.tokens, row.kept) for row in whole.answers.rows}
+    assert kept[CEILING] == (256, 256)
+    assert kept[FLOOR] == (0, 0)
+    assert kept[Point("random", "25%")] == kept[Point("visionzip", "25%")] == (256, 64)
+    assert kept[Point("visionzip", "1")] == (256, 1)
+
+
+def first_word(processor, ids):
+    words = processor.batch_decode(ids[:, -4:], skip_special_tokens=True)[0].split()
+    return words[0] if words else ""
+
+
+def test_answers_are_those_of_the_model_alone(whole, loaded):
+    model, processor = loaded
+    ask = Asker(processor)
+    rows = {(row.point, row.sample): row.answer for row in whole.answers.rows}
+    for sample in load_samples(0, LIMIT):
+        options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+        seeing = ask([sample.question], [sample.image])
+        ids = model.generate(**seeing, **options)
+        assert rows[CEILING, sample.index] == first_word(processor, ids)
+        with vtprune.wrap(model, "visionzip", keep=0.25):
+            ids = model.generate(**seeing, **options)
+        assert rows[Point("visionzip", "25%"), sample.index] == first_word(processor, ids)
+        blind = ask([sample.question], None)
+        assert "pixel_values" not in blind
+        assert model.config.image_token_id not in blind["input_ids"]
+        ids = model.generate(**blind, **options)
+        assert rows[FLOOR, sample.index] == first_word(processor, ids)
+
+
+def test_prompts_of_different_length_are_padded_left(loaded):
+    inputs = Asker(loaded[1])(["how many digits ?", "which is left of the red one ?"], None)
+    assert inputs["attention_mask"][0, 0] == 0
+    assert bool(inputs["attention_mask"][:, -1].all())
+
+
+def test_times_are_per_batch(whole):
+    assert len(whole.timings.rows) == 2 * len(POINTS)
+    assert {(row.first, row.size) for row in whole.timings.rows} == {(0, 3), (3, 2)}
+    assert all(row.ms > 0 for row in whole.timings.rows)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.03, 0.5, 0.72, 0.999])
+def test_a_cut_file_is_completed_to_the_same_bytes(whole, run, settings, tmp_path, share):
+    data = (whole.path / "results.jsonl").read_bytes()
+    Folder(tmp_path, settings)
+    (tmp_path / "results.jsonl").write_bytes(data[: int(share * len(data))])
+    folder = Folder(tmp_path, settings)
+    steps = []
+    run.run(folder, steps.append)
+    assert (tmp_path / "results.jsonl").read_bytes() == data
+    assert sum(steps) == LIMIT * len(POINTS)
+
+
+def test_a_finished_run_computes_nothing(whole, run, settings, monkeypatch):
+    monkeypatch.setattr(Sweep, "measure", lambda *_: pytest.fail("measured again"))
+    before = (whole.path / "results.jsonl").read_bytes()
+    run.run(Folder(whole.path, settings))
+    assert (whole.path / "results.jsonl").read_bytes() == before
+
+
+def test_an_added_strategy_leaves_the_rest(whole, loaded, settings, tmp_path):
+    data = (whole.path / "results.jsonl").read_bytes()
+    Folder(tmp_path, settings)
+    (tmp_path / "results.jsonl").write_bytes(data)
+    model, processor = loaded
+    more = Sweep(model, processor, points(["strided"], ["25%"]), settings)
+    folder = Folder(tmp_path, settings)
+    more.run(folder)
+    assert (tmp_path / "results.jsonl").read_bytes().startswith(data)
+    added = [row.point for row in folder.answers.rows[LIMIT * len(POINTS) :]]
+    assert added == [Point("strided", "25%")] * LIMIT
+
+
+def test_random_draws_anew_for_each_batch_and_seed():
+    assert {seeded("random", *pair) for pair in ((0, 0), (0, 16), (1, 0))} == {
+        seeded("random", 0, 0),
+        seeded("random", 0, 16),
+        seeded("random", 1, 0),
+    }
+    assert seeded("random", 0, 0) != seeded("random", 0, 16) != seeded("random", 1, 0)
+    assert seeded("strided", 0, 0) == seeded("strided", 1, 16)
+
+
+def count_hooks(model):
+    return [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules()]
+
+
+def test_the_model_is_left_as_it_was(loaded, settings):
+    model, processor = loaded
+    before, hooks_before = dict(vars(model)), count_hooks(model)
+    with pytest.raises(ConfigError, match="700"):
+        Sweep(model, processor, points(["random"], ["25%", "700"]), settings)
+    assert vars(model) == before
+    assert count_hooks(model) == hooks_before
+
+
+def test_a_processor_without_template_is_refused(loaded, settings, monkeypatch):
+    model, processor = loaded
+    monkeypatch.setattr(processor, "chat_template", None)
+    with pytest.raises(ConfigError, match="no chat template"):
+        Sweep(model, processor, POINTS, settings)

@@ -1,0 +1,49 @@
+"""The examples run as a reader would run them, without a network."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+
+
+def run(script: Path, cwd: Path, *args: str) -> str:
+    paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    result = subprocess.run(
+        [sys.executable, str(script), *args],
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": paths},
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_llava_example_answers_with_a_quarter_of_the_tokens(tmp_path: Path) -> None:
+    out = run(ROOT / "examples" / "llava.py", tmp_path)
+    assert re.search(r"^all tokens: \w+$", out, re.MULTILINE)
+    assert re.search(r"^a quarter: \w+$", out, re.MULTILINE)
+    assert "64 of 256 visual tokens, 25.0 %" in out
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
+def test_examples_are_short(path: Path) -> None:
+    assert len(path.read_text(encoding="utf-8").splitlines()) < 60
+
+
+def test_prefill_benchmark_prints_every_call(tmp_path: Path) -> None:
+    small = ["--rounds", "1", "--blocks", "2", "--layers", "1", "--width", "64", "--keep", "16"]
+    script = ROOT / "benchmarks" / "prefill.py"
+    out = run(script, tmp_path, *small, "--strategies", "fastervlm", "visionzip")
+    rows = re.findall(r"^\| (\w+) \| \d+ \| \d+ - \d+ \| ([\d.]+) \| ([\d.]+) \|$", out, re.M)
+    assert [row[0] for row in rows] == ["unpruned", "free", "fastervlm", "visionzip"]
+    assert rows[0][1] == rows[1][2] == "1.000"
+    assert "576 visual tokens" in out

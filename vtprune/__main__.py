@@ -1,0 +1,26 @@
+"""Entry point of the command line, which needs the extra ``eval``."""
+
+from __future__ import annotations
+
+import sys
+
+from vtprune.eval._extras import need
+
+NEEDED = ("typer", "rich", "matplotlib", "sklearn")
+
+
+def main() -> None:
+    """Runs the command line, or says which extra it needs."""
+    try:
+        for module in NEEDED:
+            need(module, extra="eval")
+    except ImportError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)
+    from vtprune.eval.cli import app
+
+    app(prog_name="vtprune")
+
+
+if __name__ == "__main__":
+    main()

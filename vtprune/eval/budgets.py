@@ -1,0 +1,91 @@
+"""What a sweep measures: budgets as users write them, and points of strategy and budget."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from vtprune.errors import ConfigError
+from vtprune.registry import strategy_class, strategy_names
+from vtprune.types import Budget
+
+UNPRUNED, BLIND = "unpruned", "blind"
+STRATEGIES = ("random", "strided", "fastervlm", "vtc_cls", "divprune", "visionzip")
+BUDGETS = ("100%", "50%", "25%", "12.5%", "6.25%")
+
+
+@dataclass(frozen=True)
+class Point:
+    """One strategy at one budget; ``budget`` is the text the user gave."""
+
+    strategy: str
+    budget: str
+
+
+CEILING, FLOOR = Point(UNPRUNED, "100%"), Point(BLIND, "0%")
+
+
+def parse_keep(text: str) -> int | float:
+    """Returns a token count (int) or a share (float).
+
+    A whole number is tokens, a number with a point or a per cent sign is a share: ``64`` is 64
+    tokens, ``0.25`` and ``25%`` a quarter, ``1`` one token, ``100%`` all.
+
+    Raises:
+        ConfigError: the text is none of these, or out of range.
+    """
+    clean = text.strip()
+    if re.fullmatch(r"\d+", clean):
+        keep: int | float = int(clean)
+    elif re.fullmatch(r"\d*\.?\d+\s*%", clean):
+        keep = float(clean.rstrip("% ")) / 100
+    elif re.fullmatch(r"\d*\.\d+", clean):
+        keep = float(clean)
+    else:
+        raise ConfigError(
+            f"Budget {text!r} is not understood. Give a number of tokens such as 64, or a share "
+            "such as 0.25 or 25%."
+        )
+    try:
+        Budget.of(keep)
+    except ConfigError as error:
+        raise ConfigError(f"Budget {text!r}: {error}") from None
+    return keep
+
+
+def split(text: str) -> tuple[str, ...]:
+    """Returns the entries of a comma-separated list, each once, in order."""
+    return tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+
+
+def check_strategies(names: Sequence[str]) -> tuple[str, ...]:
+    """Returns the names, with ``all`` replaced by every strategy there is.
+
+    Raises:
+        ConfigError: no name, or an unknown one.
+    """
+    if not names:
+        raise ConfigError(f"No strategy was given. Known: {', '.join(strategy_names())}, or 'all'.")
+    wanted = [found for name in names for found in (strategy_names() if name == "all" else [name])]
+    for name in wanted:
+        strategy_class(name)
+    return tuple(dict.fromkeys(wanted))
+
+
+def points(strategies: Sequence[str], budgets: Sequence[str]) -> list[Point]:
+    """Returns ceiling, floor, and each strategy at each budget below 100 %.
+
+    Keeping everything is the unpruned model, so the ceiling is every strategy's 100 % point.
+
+    Raises:
+        ConfigError: an unknown strategy, a bad budget, or none.
+    """
+    if not budgets:
+        raise ConfigError(f"No budget was given. Give some, such as {','.join(BUDGETS)}.")
+    below = [text for text in budgets if Budget.of(parse_keep(text)).fraction != 1.0]
+    return [
+        CEILING,
+        FLOOR,
+        *(Point(name, budget) for name in check_strategies(strategies) for budget in below),
+    ]

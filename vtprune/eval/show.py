@@ -1,0 +1,191 @@
+"""One image, one question: the answer, and a picture of the patches that were kept."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.collections import LineCollection
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+from transformers import PreTrainedModel
+
+from vtprune.engine.plan import wrap
+from vtprune.errors import ConfigError, UnsupportedError
+from vtprune.eval.samples import MAX_NEW_TOKENS, Asker
+from vtprune.eval.shipped import load
+from vtprune.types import Keep, Selection
+
+QUESTION = "how many digits ?"
+STRATEGY = "fastervlm"
+DIMMED = 0.22  # brightness of a dropped patch
+NOTHING = "(no answer)"
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What the model said with and without pruning, and how many visual tokens it saw."""
+
+    question: str
+    answer: str
+    unpruned: str
+    kept: int
+    tokens: int
+
+
+def show(
+    image: Path, question: str, strategy: str, keep: Keep, out: Path, model: str = "mini-llava"
+) -> Shown:
+    """Asks about the image file, pruned and unpruned, and writes the picture to ``out``.
+
+    Raises:
+        VTPruneError: the image cannot be read, the picture cannot be written, the model or the
+            strategy does not exist, or the question has words that the model does not know.
+    """
+    picture = open_image(image)
+    check_out(out)
+    loaded, processor = load(model)
+    return ask_and_draw(loaded, processor, picture, question, strategy, keep, out)
+
+
+def ask_and_draw(
+    model: PreTrainedModel,
+    processor: Any,
+    image: Image.Image,
+    question: str,
+    strategy: str,
+    keep: Keep,
+    out: Path,
+) -> Shown:
+    """Does the work of ``show`` with a loaded model and image."""
+    ask = Asker(processor)
+    question = normalize(question)
+    check_words(question, processor.tokenizer)
+    inputs = {k: v.to(model.device) for k, v in ask([question], [image]).items()}
+    with wrap(model, strategy, keep=keep, processor=processor) as handle:
+        (pruned,) = ask.answers(model, inputs, MAX_NEW_TOKENS)
+        selection = handle.selections[0]
+    (unpruned,) = ask.answers(model, inputs, MAX_NEW_TOKENS)
+    seen = what_is_seen(inputs["pixel_values"], processor.image_processor)
+    bright = kept_mask(selection)
+    shown = Shown(question, pruned, unpruned, selection.rows.shape[1], selection.n)
+    draw(seen, bright, shown, strategy, out)
+    return shown
+
+
+def open_image(path: Path) -> Image.Image:
+    """Returns the image in RGB, upright.
+
+    Raises:
+        ConfigError: there is no such file, or it is no whole image.
+    """
+    try:
+        with Image.open(path) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")
+    except FileNotFoundError:
+        raise ConfigError(f"There is no image file {path}. Give a path that exists.") from None
+    except UnidentifiedImageError:
+        reason = "it is in no image format that Pillow reads"
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        reason = str(error)
+    raise ConfigError(f"The image {path} cannot be read: {reason}. Give a whole PNG or JPEG file.")
+
+
+def check_out(path: Path) -> None:
+    """Raises ConfigError when no picture can be written to ``path``."""
+    formats = Figure().canvas.get_supported_filetypes()
+    if path.suffix[1:].lower() not in formats:
+        raise ConfigError(
+            f"--out {path}: give a file name that ends in one of {', '.join(sorted(formats))}."
+        )
+    if not path.parent.is_dir() or path.is_dir():
+        raise ConfigError(f"--out {path}: give a file in a folder that exists.")
+
+
+def normalize(question: str) -> str:
+    """Returns the question in lower case, its question mark a word of its own."""
+    return " ".join(re.sub(r"\s*\?+", " ?", question.lower()).split())
+
+
+def check_words(question: str, tokenizer: Any) -> None:
+    """Raises ConfigError when the tokenizer knows no token for a word of the question."""
+    ids = tokenizer(question, add_special_tokens=False)["input_ids"]
+    if not ids:
+        raise ConfigError("The question is empty. Ask something, such as 'how many digits ?'.")
+    if tokenizer.unk_token_id is None or tokenizer.unk_token_id not in ids:
+        return
+    words = question.split()
+    foreign = [w for w in words if tokenizer.unk_token_id in tokenizer(w)["input_ids"]]
+    known = sorted(set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens))
+    raise ConfigError(
+        f"The model knows no word {', '.join(map(repr, foreign))}. It knows: {' '.join(known)}."
+    )
+
+
+def what_is_seen(pixels: torch.Tensor, image_processor: Any) -> NDArray[np.float32]:
+    """Returns the image as the tower gets it, ``[H, W, 3]`` in 0 to 1.
+
+    Raises:
+        UnsupportedError: the model cuts an image into several.
+    """
+    if pixels.ndim != 4 or len(pixels) != 1:
+        raise UnsupportedError(
+            f"show draws models that see one square image; this one gets pixels of shape "
+            f"{tuple(pixels.shape)}. Use sweep with it instead."
+        )
+    mean, std = (torch.tensor(v) for v in (image_processor.image_mean, image_processor.image_std))
+    seen = pixels[0].float().cpu().permute(1, 2, 0) * std + mean
+    return seen.clamp(0, 1).numpy()
+
+
+def kept_mask(selection: Selection) -> NDArray[np.bool_]:
+    """Returns which patches stay, ``[side, side]``; a new row counts where its slot is.
+
+    Raises:
+        UnsupportedError: the patches form no square.
+    """
+    side = math.isqrt(selection.n)
+    if side * side != selection.n:
+        raise UnsupportedError(
+            f"show draws square grids of patches; this model has {selection.n} tokens per image. "
+            "Use sweep with it instead."
+        )
+    mask = np.zeros(selection.n, dtype=bool)
+    mask[selection.slots[0].cpu().numpy()] = True
+    return mask.reshape(side, side)
+
+
+def draw(
+    seen: NDArray[np.float32], bright: NDArray[np.bool_], shown: Shown, strategy: str, out: Path
+) -> None:
+    """Writes the image beside its copy in which dropped patches are dark and kept ones framed."""
+    rows = np.arange(seen.shape[0]) * bright.shape[0] // seen.shape[0]
+    cols = np.arange(seen.shape[1]) * bright.shape[1] // seen.shape[1]
+    light = np.where(bright[rows][:, cols], 1.0, DIMMED)[:, :, None]
+    figure = Figure(figsize=(10, 5.5), dpi=120, layout="constrained")
+    left, right = figure.subplots(1, 2)
+    left.imshow(seen)
+    left.set_title(f"all {shown.tokens} visual tokens: {shown.unpruned or NOTHING}")
+    right.imshow(seen * light)
+    right.add_collection(LineCollection(frames(bright, seen.shape[:2]), colors="w", linewidths=0.8))
+    right.set_title(f"{strategy}, {shown.kept} of {shown.tokens} kept: {shown.answer or NOTHING}")
+    for axes in (left, right):
+        axes.set_axis_off()
+    figure.suptitle(shown.question, fontsize=14)
+    figure.savefig(out)
+
+
+def frames(bright: NDArray[np.bool_], size: Sequence[int]) -> list[list[tuple[float, float]]]:
+    """Returns the lines between kept and dropped patches, as ends (x, y) in pixels."""
+    high, wide = size[0] / bright.shape[0], size[1] / bright.shape[1]
+    upright = np.argwhere(bright[:, 1:] != bright[:, :-1]) + (0, 1)
+    level = np.argwhere(bright[1:] != bright[:-1]) + (1, 0)
+    ends = [((y, x), (y + 1, x)) for y, x in upright] + [((y, x), (y, x + 1)) for y, x in level]
+    return [[(x * wide - 0.5, y * high - 0.5) for y, x in pair] for pair in ends]

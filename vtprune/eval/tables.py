@@ -1,0 +1,68 @@
+"""A sweep's summary as a table for the terminal and for a README."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich import box
+from rich.table import Table
+
+from vtprune.eval.budgets import BLIND, UNPRUNED
+from vtprune.eval.stats import Interval, Summary
+
+COLUMNS = (
+    "strategy",
+    "budget",
+    "accuracy, %\n[95 %]",
+    "vs unpruned,\npoints [95 %]",
+    "tokens\nkept",
+    "ms per\nsample",
+    "n",
+)
+CAPTION = (
+    "unpruned is every strategy's 100 % point; blind is asked without the image. Accuracy: Wilson "
+    "interval; difference: same samples, normal approximation (Bonett and Price). "
+    "ms: median over batches of one whole generate call, divided by the batch size."
+)
+
+
+def cells(summary: Summary) -> tuple[str, ...]:
+    """Returns the texts of one row, in the order of ``COLUMNS``."""
+    difference = summary.difference
+    return (
+        summary.strategy,
+        summary.budget,
+        _interval(summary.accuracy, ""),
+        "" if difference is None else _interval(difference, "+"),
+        f"{summary.kept:.4g}",
+        "" if summary.ms is None else f"{summary.ms:.1f}",
+        str(summary.n),
+    )
+
+
+def rich_table(summaries: Sequence[Summary], title: str) -> Table:
+    """Returns the table for the terminal, 80 columns wide, with a gap between strategies."""
+    table = Table(title=title, caption=CAPTION, caption_justify="left", box=box.SIMPLE, padding=0)
+    for i, name in enumerate(COLUMNS):
+        table.add_column(name, justify="left" if i == 0 else "right", no_wrap=True)
+    for i, summary in enumerate(summaries):
+        following = summaries[i + 1 : i + 2]
+        ends = bool(following) and following[0].strategy != summary.strategy
+        style = "bold" if summary.strategy in (UNPRUNED, BLIND) else None
+        table.add_row(*cells(summary), end_section=ends, style=style)
+    return table
+
+
+def markdown(summaries: Sequence[Summary], title: str) -> str:
+    """Returns title, table and caption in Markdown."""
+    lines = [
+        "| " + " | ".join(COLUMNS).replace("\n", " ") + " |",
+        "|---|" + "---:|" * (len(COLUMNS) - 1),
+        *("| " + " | ".join(cells(summary)) + " |" for summary in summaries),
+    ]
+    return f"{title}\n\n" + "\n".join(lines) + f"\n\n{CAPTION}\n"
+
+
+def _interval(interval: Interval, sign: str) -> str:
+    value, low, high = (100 * v for v in (interval.value, interval.low, interval.high))
+    return f"{value:{sign}.1f} [{low:{sign}.1f}, {high:{sign}.1f}]"
