@@ -1,4 +1,4 @@
-"""The examples run as a reader would run them, without a network."""
+"""The examples run as a reader would run them, without a network; so does code in the docs."""
 
 from __future__ import annotations
 
@@ -9,6 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+import vtprune
+import vtprune.strategies
+from vtprune.types import Signals
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
@@ -47,3 +52,22 @@ def test_prefill_benchmark_prints_every_call(tmp_path: Path) -> None:
     assert [row[0] for row in rows] == ["unpruned", "free", "fastervlm", "visionzip"]
     assert rows[0][1] == rows[1][2] == "1.000"
     assert "576 visual tokens" in out
+
+
+def test_documented_strategy_works_as_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = (ROOT / "docs" / "adding_a_strategy.md").read_text(encoding="utf-8")
+    code = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)[0]
+    (tmp_path / "largest_norm.py").write_text(code, encoding="utf-8")
+    path = [*vtprune.strategies.__path__, str(tmp_path)]
+    monkeypatch.setattr(vtprune.strategies, "__path__", path)
+    tokens = torch.tensor([[[1.0, 1.0], [3.0, 0.0], [2.0, 2.0]]])
+    try:
+        for order, kept in ((1.0, 2), (100.0, 1)):
+            chosen = vtprune.select("largest_norm", keep=1, order=order, signals=Signals(tokens))
+            assert chosen.rows.tolist() == [[kept]]
+        with pytest.raises(vtprune.ConfigError, match="above 0"):
+            vtprune.select("largest_norm", keep=1, order=0.0, signals=Signals(tokens))
+    finally:
+        sys.modules.pop("vtprune.strategies.largest_norm", None)

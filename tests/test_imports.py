@@ -60,7 +60,8 @@ def spy(name, scope=None, *rest):
 
 builtins.__import__ = spy
 import vtprune
-vtprune.wrap  # the package loads its names on first use
+for name in vtprune.__all__:
+    getattr(vtprune, name)
 names = [*asked, *(set(sys.modules) - before)]
 print(json.dumps(sorted({name.partition(".")[0] for name in names})))
 """

@@ -12,7 +12,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 import vtprune
 from tests import tiny
 from vtprune import ConfigError, InputError, UnsupportedError, _versions
-from vtprune.types import ClsRow, Facts, InstructionText, Need, Signals, Strategy
+from vtprune.types import ClsRow, Facts, InstructionText, Need, Signals, Site, Stage, Strategy
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,16 @@ def test_layers_and_options_of_a_list_go_on_the_instances(model):
         vtprune.wrap(model, ["random", "strided"], keep=[9, 4], seed=3)
     with pytest.raises(UnsupportedError, match="must come first"):
         vtprune.wrap(model, ["random", "visionzip"], keep=[9, 4])
+
+
+def test_text_inside_the_encoder_is_refused(model):
+    @dataclass(frozen=True)
+    class Early(Strategy):
+        def plan(self, facts: Facts) -> tuple[Stage, ...]:
+            return (Stage(Site.ENCODER, (InstructionText(),)),)
+
+    with pytest.raises(UnsupportedError, match="reads the instruction inside the encoder"):
+        vtprune.wrap(model, Early(), keep=9, processor=object())
 
 
 def test_unknown_family():

@@ -9,6 +9,7 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 import vtprune
 from tests import tiny
 from vtprune.engine.generation import shift_lengths
+from vtprune.registry import strategy_names
 
 
 @pytest.fixture
@@ -220,3 +221,26 @@ def test_a_mask_of_the_wrong_length_is_refused(model):
                 past_key_values=out.past_key_values,
                 attention_mask=torch.ones(1, 7),
             )
+
+
+def test_padding_without_a_mask_is_inferred_as_generate_does(model):
+    inputs = tiny.ragged()
+    without = {k: v for k, v in inputs.items() if k != "attention_mask"}
+    plain = model.generate(**without, max_new_tokens=5)
+    assert torch.equal(plain, model.generate(**inputs, max_new_tokens=5))
+    with vtprune.wrap(model, "fastervlm", keep=9):
+        wanted = model.generate(**inputs, max_new_tokens=5)
+        assert torch.equal(model.generate(**without, max_new_tokens=5), wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", strategy_names())
+def test_half_precision(name, dtype):
+    model, inputs = tiny.build().to(dtype), tiny.ragged()
+    inputs["pixel_values"] = inputs["pixel_values"].to(dtype)
+    with vtprune.wrap(model, name, keep=9) as handle:
+        logits = model(**inputs).logits
+        assert logits.dtype == dtype
+        assert handle.index is not None
+        assert logits[handle.index >= 0].isfinite().all()
+        assert [image.kept for image in handle.report().images] == [9, 9, 9]

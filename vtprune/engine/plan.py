@@ -155,6 +155,11 @@ def _steps(chosen: Sequence[Strategy], budgets: Sequence[Budget], facts: Facts) 
                 raise UnsupportedError(
                     f"{strategy.name} works inside the encoder, so it must come first in the list."
                 )
+            if stage.site is Site.ENCODER and stage.reads_text:
+                raise UnsupportedError(
+                    f"{strategy.name} reads the instruction inside the encoder, which runs before "
+                    "the prompt is looked at. Let its stage act after the projector."
+                )
             steps.append(Step(strategy, stage, budget))
     return steps
 

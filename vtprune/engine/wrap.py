@@ -119,7 +119,7 @@ class Handle:
         if not self._has_images(batch):
             return original(**batch)
         with torch.no_grad():
-            valid = self._valid(batch)
+            valid = self._valid(batch, self._padding(batch))
             encoded, prompt = self._encode(batch, valid)
             short = self._encoded(batch, encoded)
             if prompt.short < prompt.length:
@@ -143,7 +143,7 @@ class Handle:
         if not self._has_images(batch):
             return original(**batch)
         refuse(batch)
-        encoded, prompt = self._encode(batch, self._valid(batch))
+        encoded, prompt = self._encode(batch, self._valid(batch, None))
         short = self._encoded(batch, encoded)
         if prompt.short == prompt.length:
             return self._run(original, short, prompt)
@@ -220,22 +220,30 @@ class Handle:
 
         return per_image
 
-    def _valid(self, batch: Mapping[str, Any]) -> Tensor:
-        """Real tokens ``[B, L]``: the mask, or what generate would infer from padding ids."""
+    def _valid(self, batch: Mapping[str, Any], padding: int | None) -> Tensor:
+        """Real tokens ``[B, L]``: by the mask, or without one all but the id ``padding``."""
         ids, mask = batch["input_ids"], batch.get("attention_mask")
-        if mask is not None:
-            if mask.shape != ids.shape:
-                raise UnsupportedError(
-                    f"attention_mask has shape {tuple(mask.shape)}; a wrapped model takes the 2-D "
-                    f"mask of the prompt, {tuple(ids.shape)}."
-                )
-            return mask.bool()
-        return torch.ones_like(ids, dtype=torch.bool)
+        if mask is None:
+            return torch.ones_like(ids, dtype=torch.bool) if padding is None else ids != padding
+        if mask.shape != ids.shape:
+            raise UnsupportedError(
+                f"attention_mask has shape {tuple(mask.shape)}; a wrapped model takes the 2-D "
+                f"mask of the prompt, {tuple(ids.shape)}."
+            )
+        return mask.bool()
+
+    def _setting(self, batch: Mapping[str, Any], name: str) -> Any:
+        config, default = batch.get("generation_config"), self.model.generation_config
+        return setting(batch, config, default, name)
+
+    def _padding(self, batch: Mapping[str, Any]) -> int | None:
+        """The id that ``generate`` takes for padding when it is given no mask."""
+        pad, eos = (self._setting(batch, f"{name}_token_id") for name in ("pad", "eos"))
+        ends = eos if isinstance(eos, list) else [eos]
+        return None if pad in ends else pad
 
     def _pad_id(self, batch: Mapping[str, Any]) -> int:
-        config, default = batch.get("generation_config"), self.model.generation_config
-        pad = setting(batch, config, default, "pad_token_id")
-        return 0 if pad is None else int(pad)
+        return self._setting(batch, "pad_token_id") or 0
 
     def _fill_mask(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         """Without cache and mask, gapped position ids would be read as packed sequences."""

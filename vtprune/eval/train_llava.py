@@ -19,10 +19,9 @@ import json
 import math
 import time
 from collections import defaultdict
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -44,13 +43,14 @@ class Stage:
     train: tuple[str, ...]
     level: scenes.Level = scenes.STANDARD
     batch: int = 32
+    tower_lr: float = 1.0  # of ``lr``
 
 
 STAGES = (
     Stage("dense", 1100, 1.5e-3, ("tower",), scenes.DENSE),
     Stage("sparse", 900, 1e-3, ("tower",)),
-    Stage("answer", 1000, 1.5e-3, ("llm",)),
-    Stage("joint", 1900, 1e-3, ("tower", "llm"), batch=16),
+    Stage("answer", 3000, 1.2e-3, ("llm",), batch=8),
+    Stage("joint", 1900, 5e-4, ("tower", "llm"), batch=8, tower_lr=0.3),
 )
 
 
@@ -176,17 +176,21 @@ class Trainer:
         self.model.save_pretrained(self.out / "model")
         self.processor.save_pretrained(self.out / "model")
 
-    def _parameters(self, stage: Stage) -> Iterator[nn.Parameter]:
+    def _groups(self, stage: Stage) -> list[dict[str, Any]]:
+        """Freezes what the stage leaves alone; returns the rest as groups with a peak rate."""
+        parts: dict[str, list[nn.Parameter]] = {"tower": [], "llm": []}
         for name, parameter in [*self.model.named_parameters(), *self.heads.named_parameters()]:
-            part = "llm" if "language_model" in name or "projector" in name else "tower"
-            part = "llm" if name.startswith("lm_head") else part
+            is_llm = "language_model" in name or "projector" in name or name.startswith("lm_head")
+            part = "llm" if is_llm else "tower"
             parameter.requires_grad_(part in stage.train)
-            if parameter.requires_grad:
-                yield parameter
+            parts[part].append(parameter)
+        peaks = {"tower": stage.lr * stage.tower_lr, "llm": stage.lr}
+        return [{"params": parts[part], "peak": peaks[part]} for part in stage.train]
 
     def _run_stage(self, stage: Stage) -> None:
-        parameters = list(self._parameters(stage))
-        optimizer = torch.optim.AdamW(parameters, lr=stage.lr, weight_decay=0.05)
+        groups = self._groups(stage)
+        parameters = [parameter for group in groups for parameter in group["params"]]
+        optimizer = torch.optim.AdamW(groups, weight_decay=0.05, betas=(0.9, 0.98))
         if self.optimizer_state is not None:
             optimizer.load_state_dict(self.optimizer_state)
         writer = Writer(self.processor, stage.level, stage.batch)
@@ -196,7 +200,7 @@ class Trainer:
         while self.step < stage.steps:
             began = time.monotonic()
             for group in optimizer.param_groups:
-                group["lr"] = stage.lr * schedule(self.step, stage.steps)
+                group["lr"] = group["peak"] * schedule(self.step, stage.steps)
             batch = writer(self.step, offset).to(self.device)
             values = self._losses(stage, batch)
             loss = sum_losses(values)
