@@ -6,15 +6,21 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from tests.golden_harness import Case, GoldenError, find_cases
 
 SHIPPED = Path(__file__).parent / "golden"
 GOLDEN_CASES = pytest.StashKey[list[Case]]()
 
+# The same examples in every run; a failure names its own anyway.
+settings.register_profile("vtprune", derandomize=True, deadline=None)
+settings.load_profile("vtprune")
+
 
 def pytest_configure(config: pytest.Config) -> None:
-    folders = [config.invocation_params.dir / given for given in config.getoption("golden", ())]
+    asked: list[str] = getattr(config.option, "golden", [])
+    folders = [config.invocation_params.dir / given for given in asked]
     try:
         cases = [case for folder in (SHIPPED, *folders) for case in find_cases(folder)]
     except GoldenError as error:

@@ -34,6 +34,7 @@ ALLOWED = {
         "vtprune.engine",
         "vtprune.registry",
         "vtprune.vlm_adapters",
+        "packaging",
         "torch",
         "transformers",
     },

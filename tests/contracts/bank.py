@@ -17,6 +17,7 @@ from vtprune.types import (
     Selection,
     Signals,
     Strategy,
+    TowerNeed,
 )
 
 WIDTH = 16
@@ -52,7 +53,7 @@ def make_signals(strategy: Strategy, facts: Facts, batch: int, n: int, seed: int
     )
     if InstructionText() in needs:
         signals.text = [torch.randn(b + 1, WIDTH, generator=generator) for b in range(batch)]
-    read = sorted(needs - {InstructionText()}, key=repr)
+    read = sorted((need for need in needs if isinstance(need, TowerNeed)), key=repr)
     signals.values = {need: _value(need, batch, n, generator) for need in read}
     return signals
 

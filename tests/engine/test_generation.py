@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from packaging.version import Version
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
 import vtprune
 from tests import tiny
+from vtprune.engine import generation
 from vtprune.engine.generation import shift_lengths
 from vtprune.registry import strategy_names
 
@@ -20,7 +22,7 @@ def model():
 def row(inputs, b):
     """One row of the ragged batch, without its padding and with its own images."""
     valid = inputs["attention_mask"][b].bool()
-    images = slice(0, 1) if b == 0 else slice(1, 3)
+    images = slice(0, 1) if b == 0 else slice(1, None)
     return {
         "input_ids": inputs["input_ids"][b, valid][None],
         "attention_mask": torch.ones(1, int(valid.sum()), dtype=torch.long),
@@ -31,7 +33,7 @@ def row(inputs, b):
 @pytest.mark.parametrize("policy", ["keep", "renumber"])
 @pytest.mark.parametrize("name", ["fastervlm", "visionzip"])
 def test_beams_and_rows_alone(model, name, policy):
-    inputs = tiny.ragged()
+    inputs = one_image_each() if OLD else tiny.ragged()
     with vtprune.wrap(model, name, keep=9, positions=policy):
         together = model.generate(**inputs, max_new_tokens=6, num_beams=3)
         for b in range(2):
@@ -39,8 +41,26 @@ def test_beams_and_rows_alone(model, name, policy):
             assert torch.equal(alone[0, -6:], together[b, -6:])
 
 
-def test_several_sequences_per_prompt(model):
-    inputs = tiny.ragged()
+OLD = Version(generation.TRANSFORMERS) < Version("5.19")
+
+
+def one_image_each():
+    return tiny.batch(tiny.prompt(2, 6, 1, seed=2), tiny.prompt(4, 3, 1, seed=3))
+
+
+def test_old_transformers_mixes_up_images_and_is_refused(model, monkeypatch):
+    monkeypatch.setattr(generation, "TRANSFORMERS", "5.18.0")
+    with vtprune.wrap(model, "divprune", keep=9):
+        for several in ({"num_beams": 2}, {"num_return_sequences": 2, "do_sample": True}):
+            with pytest.raises(vtprune.UnsupportedError, match="mixes up the images"):
+                model.generate(**tiny.ragged(), max_new_tokens=1, **several)
+            model.generate(**one_image_each(), max_new_tokens=1, **several)
+        model.generate(**tiny.ragged(), max_new_tokens=1)
+
+
+@pytest.mark.parametrize("batch", [one_image_each, *([] if OLD else [tiny.ragged])])
+def test_several_sequences_per_prompt(model, batch):
+    inputs = batch()
     with vtprune.wrap(model, "divprune", keep=9):
         greedy = model.generate(**inputs, max_new_tokens=6)
         twice = model.generate(

@@ -17,6 +17,7 @@ def naive(x: Tensor, k: int) -> list[int]:
     n = len(x)
     unit = x / x.norm(dim=1, keepdim=True)
     distance = 1 - unit @ unit.t()
+    distance = torch.minimum(distance, distance.t())  # a product rounds (i, j) and (j, i) apart
     nearest = [
         min((distance[i, j].item() for j in range(n) if j != i), default=9) for i in range(n)
     ]

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from packaging.version import Version
 from torch import Tensor
 from transformers import (
     LogitsProcessor,
@@ -15,6 +16,7 @@ from transformers import (
     StoppingCriteria,
     StoppingCriteriaList,
 )
+from transformers import __version__ as TRANSFORMERS
 from transformers.generation.streamers import BaseStreamer
 from transformers.utils.generic import ModelOutput
 
@@ -37,6 +39,24 @@ def refuse(batch: Mapping[str, Any]) -> None:
         )
     if batch.get("cache_implementation") == "paged":
         raise UnsupportedError("Continuous batching encodes images itself; use generate() instead.")
+
+
+def refuse_expansion(
+    kwargs: Mapping[str, Any], config: Any, default: Any, sample: list[int]
+) -> None:
+    """Refuses several sequences per prompt where transformers mixes up a prompt's images.
+
+    Releases before 5.19 repeat each image of a prompt instead of the group of them.
+    """
+    n = max(
+        setting(kwargs, config, default, f"num_{k}") or 1 for k in ("beams", "return_sequences")
+    )
+    several = len(sample) > len(set(sample))
+    if n > 1 and several and Version(TRANSFORMERS) < Version("5.19"):
+        raise UnsupportedError(
+            f"transformers {TRANSFORMERS} mixes up the images of a prompt when it "
+            f"makes {n} sequences of it. Update: pip install 'transformers>=5.19', or ask for one."
+        )
 
 
 def setting(kwargs: Mapping[str, Any], config: Any, default: Any, name: str) -> Any:

@@ -19,7 +19,7 @@ from transformers import Cache, PreTrainedModel
 from vtprune.engine import tap
 from vtprune.engine.compaction import Prompt, compact, samples_of, shorten
 from vtprune.engine.encoder import encode
-from vtprune.engine.generation import FullPrompt, refuse, setting, shift_lengths
+from vtprune.engine.generation import FullPrompt, refuse, refuse_expansion, setting, shift_lengths
 from vtprune.engine.positions import Continuation, full_positions
 from vtprune.engine.report import ImageReport, Report
 from vtprune.engine.signals import Step, instruction_text
@@ -122,6 +122,8 @@ class Handle:
             valid = self._valid(batch, self._padding(batch))
             encoded, prompt = self._encode(batch, valid)
             short = self._encoded(batch, encoded)
+            config, default = batch.get("generation_config"), self.model.generation_config
+            refuse_expansion(batch, config, default, prompt.sample)
             if prompt.short < prompt.length:
                 positions = batch.get("position_ids")
                 if positions is None:

@@ -49,8 +49,8 @@ class Stage:
 STAGES = (
     Stage("dense", 1100, 1.5e-3, ("tower",), scenes.DENSE),
     Stage("sparse", 900, 1e-3, ("tower",)),
-    Stage("answer", 3000, 1.2e-3, ("llm",), batch=8),
-    Stage("joint", 1900, 5e-4, ("tower", "llm"), batch=8, tower_lr=0.3),
+    Stage("answer", 2600, 1.2e-3, ("llm",), batch=8),
+    Stage("joint", 1550, 5e-4, ("tower", "llm"), batch=8, tower_lr=0.3),
 )
 
 
