@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -41,21 +41,16 @@ def refuse(batch: Mapping[str, Any]) -> None:
         raise UnsupportedError("Continuous batching encodes images itself; use generate() instead.")
 
 
-def refuse_expansion(
-    kwargs: Mapping[str, Any], config: Any, default: Any, sample: list[int]
-) -> None:
+def refuse_expansion(copies: int, sample: Sequence[int]) -> None:
     """Refuses several sequences per prompt where transformers mixes up a prompt's images.
 
     Releases before 5.19 repeat each image of a prompt instead of the group of them.
     """
-    n = max(
-        setting(kwargs, config, default, f"num_{k}") or 1 for k in ("beams", "return_sequences")
-    )
-    several = len(sample) > len(set(sample))
-    if n > 1 and several and Version(TRANSFORMERS) < Version("5.19"):
+    several_images = len(sample) > len(set(sample))
+    if copies > 1 and several_images and Version(TRANSFORMERS) < Version("5.19"):
         raise UnsupportedError(
-            f"transformers {TRANSFORMERS} mixes up the images of a prompt when it "
-            f"makes {n} sequences of it. Update: pip install 'transformers>=5.19', or ask for one."
+            f"transformers {TRANSFORMERS} mixes up the images of a prompt when it makes {copies} "
+            "sequences of it. Update: pip install 'transformers>=5.19', or ask for one."
         )
 
 

@@ -122,8 +122,8 @@ class Handle:
             valid = self._valid(batch, self._padding(batch))
             encoded, prompt = self._encode(batch, valid)
             short = self._encoded(batch, encoded)
-            config, default = batch.get("generation_config"), self.model.generation_config
-            refuse_expansion(batch, config, default, prompt.sample)
+            copies = [self._setting(batch, f"num_{what}") for what in ("beams", "return_sequences")]
+            refuse_expansion(max(n or 1 for n in copies), prompt.sample)
             if prompt.short < prompt.length:
                 positions = batch.get("position_ids")
                 if positions is None:
