@@ -181,6 +181,16 @@ def test_select_on_bare_tensors_names_what_is_missing():
     with pytest.raises(ConfigError, match="keep=21, but an image has 20"):
         vtprune.select("divprune", keep=21, signals=signals)
     assert vtprune.select("divprune", keep=0.25, signals=signals).rows.shape == (2, 5)
+    with pytest.raises(InputError, match=r"nothing of layers \[3\]"):
+        vtprune.select("fastervlm", keep=5, signals=signals, layers=(3,))
+
+
+def test_select_reads_only_the_layers_asked_for():
+    low, high = torch.arange(20.0).expand(2, -1), torch.arange(20.0).flip(0).expand(2, -1)
+    signals = Signals(torch.randn(2, 20, 4), values={ClsRow(1): low, ClsRow(2): 9 * high})
+    chosen = vtprune.select("fastervlm", keep=2, signals=signals, layers=(1,))
+    assert chosen.rows.tolist() == [[18, 19]] * 2
+    assert vtprune.select("fastervlm", keep=2, signals=signals).rows.tolist() == [[0, 1]] * 2
 
 
 def test_old_transformers_is_named():

@@ -167,6 +167,37 @@ def test_prompts_without_images(model):
     assert torch.equal(out[0, -5:], plain[0, -5:])
 
 
+@pytest.mark.parametrize("policy", ["keep", "renumber"])
+def test_the_longest_row_may_have_no_image(model, policy):
+    long = tiny.prompt(40, 30, 0, seed=1)
+    mixed = tiny.batch(long, tiny.prompt(3, 5, 1, seed=2))
+    alone = tiny.batch(tiny.prompt(3, 5, 1, seed=2))
+    with torch.no_grad(), vtprune.wrap(model, "fastervlm", keep=9, positions=policy):
+        both = model.generate(**mixed, max_new_tokens=5)
+        assert torch.equal(both[1, -5:], model.generate(**alone, max_new_tokens=5)[0, -5:])
+        mask, out, tokens = mixed["attention_mask"], model(**mixed, use_cache=True), []
+        for _ in range(5):
+            out.logits[:, -1, tiny.IMAGE] = -float("inf")
+            tokens.append(out.logits[:, -1].argmax(-1))
+            mask = torch.cat([mask, mask.new_ones(2, 1)], 1)
+            out = model(
+                input_ids=tokens[-1][:, None],
+                past_key_values=out.past_key_values,
+                attention_mask=mask,
+            )
+    assert torch.equal(torch.stack(tokens, 1), both[:, -5:])
+
+
+def test_the_report_is_of_the_last_call(model):
+    text = {k: v for k, v in tiny.batch(tiny.prompt(3, 5, 0, seed=1)).items() if k[0] != "p"}
+    with vtprune.wrap(model, "fastervlm", keep=4) as handle:
+        handle.timing = True
+        model.generate(**tiny.one_image(), max_new_tokens=1)
+        assert len(handle.report().images) == len(handle.selections) == 1
+        model.generate(**text, max_new_tokens=1)
+        assert handle.report().images == () and not handle.report().ms
+
+
 def test_direct_call_gives_the_logits_of_the_short_prompt(model):
     inputs = tiny.ragged()
     ids = inputs["input_ids"]

@@ -14,8 +14,8 @@ from vtprune.engine.positions import gather_positions
 from vtprune.errors import InputError
 from vtprune.types import Positions, Selection
 
-# Per-token inputs besides ids and positions, with the value that padding gets.
-PER_TOKEN = {"attention_mask": 0, "token_type_ids": 0, "mm_token_type_ids": 0, "labels": -100}
+# Per-token inputs besides ids, mask and positions, with the value that padding gets.
+PER_TOKEN = {"token_type_ids": 0, "mm_token_type_ids": 0, "labels": -100}
 
 
 @dataclass(frozen=True)
@@ -27,12 +27,15 @@ class Prompt:
         valid: ``[B, L]`` bool, real tokens.
         index: ``[B, L']`` source position of each token of the short prompt, -1 = padding.
         sample: row of each image.
+        changed: whether any token left, moved or was merged. The length does not tell: the
+            longest row may have no image.
     """
 
     ids: Tensor
     valid: Tensor
     index: Tensor
     sample: list[int]
+    changed: bool
 
     @property
     def length(self) -> int:
@@ -41,11 +44,6 @@ class Prompt:
     @property
     def short(self) -> int:
         return self.index.shape[1]
-
-    @property
-    def removed(self) -> Tensor:
-        """``[B]`` number of visual tokens that left each row."""
-        return self.valid.sum(1) - (self.index >= 0).sum(1)
 
 
 def samples_of(ids: Tensor, placeholder: int, lengths: Sequence[int]) -> list[int]:
@@ -89,7 +87,7 @@ def shorten(
     sample = samples_of(ids, placeholder, [s.n for s in selections])
     every = torch.arange(length, device=ids.device).expand(batch, length)
     if all(s.is_identity for s in selections):
-        return Prompt(ids, valid, every, sample)
+        return Prompt(ids, valid, every, sample, changed=False)
     source = every.clone()
     spots = (ids == placeholder).nonzero()[:, 1]
     stays = valid & (ids != placeholder)
@@ -100,7 +98,8 @@ def shorten(
         source[row, places] = spots[first + slots]
         stays[row, places] = True
         first += selection.n
-    return Prompt(ids, valid, _pack(source, stays, right=_pads_right(valid)), sample)
+    index = _pack(source, stays, right=_pads_right(valid))
+    return Prompt(ids, valid, index, sample, changed=True)
 
 
 def _pads_right(valid: Tensor) -> bool:
@@ -127,7 +126,7 @@ def compact(
     """Returns ``batch`` with every per-token input cut to the short prompt.
 
     Args:
-        positions: ``[B, L]`` or ``[rows, B, L]`` position ids of the full prompt.
+        positions: ``[B, L]`` or ``[1, L]`` position ids of the full prompt.
         pad_id: token id for padding.
     """
     short = dict(batch)
@@ -135,7 +134,7 @@ def compact(
     short["input_ids"] = gather_index(prompt.ids, index, pad_id)
     short["attention_mask"] = (index >= 0).long()
     for name, pad in PER_TOKEN.items():
-        if name != "attention_mask" and batch.get(name) is not None:
+        if batch.get(name) is not None:
             short[name] = gather_index(batch[name], index, pad)
     short["position_ids"] = gather_positions(positions, index, policy)
     return short

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from vtprune.engine.signals import Step, select_group
 from vtprune.engine.wrap import Handle
-from vtprune.errors import ConfigError, UnsupportedError
+from vtprune.errors import ConfigError, InputError, UnsupportedError
 from vtprune.registry import adapter_classes, build, unknown
 from vtprune.types import (
     Budget,
@@ -95,7 +95,8 @@ def select(
         strategy: a name or an instance.
         keep: tokens that stay per row: a count (int) or a share (float in (0, 1]).
         signals: the candidate tokens ``[B, N, D]`` and the quantities that the strategy reads.
-        layers, **options: fields of the strategy.
+        layers: use only the quantities of these blocks.
+        **options: fields of the strategy.
 
     Returns:
         The selection of ``[B, K]`` tokens; ``selection.apply(x)`` gives the outputs.
@@ -107,6 +108,7 @@ def select(
     chosen = _with_layers(build(strategy, **options), layers)
     budget = Budget.of(keep)
     budget.check(signals.n)
+    signals = _of_layers(signals, chosen.layers)
     counts = set(chosen.counts(signals, budget))
     if len(counts) > 1:
         raise ConfigError(
@@ -133,6 +135,22 @@ def find_adapter(model: PreTrainedModel) -> VLMAdapter:
 
 def _with_layers(strategy: Strategy, layers: Sequence[int] | None) -> Strategy:
     return strategy if layers is None else replace(strategy, layers=tuple(layers))
+
+
+def _of_layers(signals: Signals, layers: Sequence[int] | None) -> Signals:
+    """Returns the signals with the quantities of ``layers`` only; of all when it is None.
+
+    Raises:
+        InputError: the signals hold nothing of one of them.
+    """
+    if layers is None:
+        return signals
+    missing = sorted(set(layers) - {need.layer for need in signals.values})
+    if missing:
+        have = ", ".join(map(str, signals.values)) or "none"
+        raise InputError(f"The signals hold nothing of layers {missing}; they hold: {have}.")
+    values = {need: value for need, value in signals.values.items() if need.layer in layers}
+    return replace(signals, values=values)
 
 
 def _budgets(keep: Keep | Sequence[Keep] | None, n: int) -> list[Budget]:

@@ -17,7 +17,7 @@ def full_positions(batch: Mapping[str, Any], ids: Tensor) -> Tensor:
     """Position ids ``[B, L]`` that an unwrapped ``forward`` uses: the caller's, or 0..L-1."""
     given = batch.get("position_ids")
     if given is not None:
-        return given.expand(len(ids), -1) if given.ndim == 2 else given
+        return given.expand(len(ids), -1)
     return torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
 
 
@@ -81,10 +81,11 @@ class Continuation:
         valid = (self.index >= 0).long()
         if mask is None:
             return torch.cat([valid, valid.new_ones(len(valid), new)], dim=1)
-        if mask.ndim == 2 and mask.shape[1] == self.index.shape[1] + new:
-            return mask
+        # The full prompt's mask first: both may have one length, and only the tail is the same.
         if mask.ndim == 2 and mask.shape[1] == self.length + new:
             return torch.cat([valid, mask[:, self.length :].to(valid.dtype)], dim=1)
+        if mask.ndim == 2 and mask.shape[1] == self.index.shape[1] + new:
+            return mask
         raise InputError(
             f"attention_mask has shape {tuple(mask.shape)}; after this shortened prompt it must be "
             f"[B, {self.length + new}], the full prompt and {new} decoded tokens, or None."

@@ -116,6 +116,7 @@ class Handle:
         if batch.get("inputs") is not None:
             batch["input_ids"] = batch.pop("inputs")
         batch.pop("inputs", None)
+        self._forget()
         if not self._has_images(batch):
             return original(**batch)
         with torch.no_grad():
@@ -124,7 +125,7 @@ class Handle:
             short = self._encoded(batch, encoded)
             copies = [self._setting(batch, f"num_{what}") for what in ("beams", "return_sequences")]
             refuse_expansion(max(n or 1 for n in copies), prompt.sample)
-            if prompt.short < prompt.length:
+            if prompt.changed:
                 positions = batch.get("position_ids")
                 if positions is None:
                     prepare: Any = self.model._prepare_position_ids_for_generation
@@ -142,12 +143,13 @@ class Handle:
             return original(**batch)
         if batch.get(self.adapter.pixels) is None and batch.get("past_key_values") is not None:
             return self._resume(original, batch)
+        self._forget()
         if not self._has_images(batch):
             return original(**batch)
         refuse(batch)
         encoded, prompt = self._encode(batch, self._valid(batch, None))
         short = self._encoded(batch, encoded)
-        if prompt.short == prompt.length:
+        if not prompt.changed:
             return self._run(original, short, prompt)
         if isinstance(batch.get("logits_to_keep"), Tensor):
             raise UnsupportedError(
@@ -172,7 +174,7 @@ class Handle:
         return original(**after.resume(batch, cache.get_seq_length()))
 
     def _run(self, original: Callable[..., Any], batch: dict[str, Any], prompt: Prompt) -> Any:
-        gaps = prompt.short < prompt.length and self.positions == "keep"
+        gaps = prompt.changed and self.positions == "keep"
         token = _running.set(_Call(self, gaps))
         try:
             with self._clock("language"):
@@ -181,6 +183,10 @@ class Handle:
             _running.reset(token)
 
     # -- parts of a call -----------------------------------------------------------------------
+
+    def _forget(self) -> None:
+        """Begins a call: the report is of this one, not of the last with images."""
+        self.selections, self._prompt, self.index, self._ms = [], None, None, {}
 
     def _has_images(self, batch: Mapping[str, Any]) -> bool:
         ids = batch.get("input_ids")
