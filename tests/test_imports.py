@@ -16,7 +16,7 @@ import vtprune
 
 ROOT = Path(vtprune.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
-OPTIONAL = {"lmms_eval", "matplotlib", "open_clip", "rich", "scipy", "sklearn", "timm"}
+OPTIONAL = {"lmms_eval", "matplotlib", "open_clip", "pyarrow", "rich", "scipy", "sklearn", "timm"}
 OPTIONAL |= {"triton", "typer", "vllm"}
 
 VOCABULARY = {"vtprune.types", "vtprune.errors", "vtprune.kernels"}
