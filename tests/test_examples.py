@@ -39,6 +39,16 @@ def test_llava_example_answers_with_a_quarter_of_the_tokens(tmp_path: Path) -> N
     assert "64 of 256 visual tokens, 25.0 %" in out
 
 
+def test_compare_strategies_counts_and_says_what_was_lost(tmp_path: Path) -> None:
+    few = ["--strategies", "random", "fastervlm", "--keep", "4", "--scenes", "14"]
+    out = run(ROOT / "examples" / "compare_strategies.py", tmp_path, *few)
+    right = [int(n) for n in re.findall(r"^\S+:? .*?(\d+) of 14$", out, re.MULTILINE)]
+    lost = out.count(" -> ")
+    assert len(right) == 3
+    assert "random, 4 of 256 tokens" in out
+    assert 2 * right[0] - right[1] - right[2] <= lost  # gained answers make up the rest
+
+
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
 def test_examples_are_short(path: Path) -> None:
     assert len(path.read_text(encoding="utf-8").splitlines()) < 60

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import subprocess
 import sys
 
@@ -9,8 +10,11 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from vtprune.eval import scenes
+from vtprune.eval.budgets import BUDGETS, STRATEGIES, points
 from vtprune.eval.cli import app
+from vtprune.eval.samples import TASKS
 from vtprune.eval.sweep import Sweep
+from vtprune.registry import strategy_names
 
 WITHOUT_TYPER = """
 import sys
@@ -80,8 +84,40 @@ def test_ctrl_c_says_what_is_done(run, model_dir, monkeypatch, tmp_path):
     monkeypatch.setattr(Sweep, "measure", interrupted)
     result = run(*sweep_args(model_dir))
     assert result.exit_code == 130
-    assert "16 of 24 answers are in out. The same command resumes." in result.output
-    assert len((tmp_path / "out" / "results.jsonl").read_text().splitlines()) == 16
+    assert "16 of 24 answers are in out. This resumes:" in result.output
+    assert "strided" in result.output  # the table of what is done
+    resume = shlex.split(result.output.strip().splitlines()[-1])
+    assert resume[0] == "vtprune"
+    monkeypatch.undo()
+    monkeypatch.chdir(tmp_path)
+    assert run(*resume[1:]).exit_code == 0
+    rows = (tmp_path / "out" / "results.jsonl").read_text().splitlines()
+    assert len(rows) == len(set(rows)) == 24
+
+
+def test_several_tasks_have_a_table_each(run, model_dir, tmp_path):
+    tasks = ("--task", "scenes-easy,scenes-read", "--strategy", "strided", "--keep", "25%")
+    result = run(*sweep_args(model_dir, *tasks))
+    assert result.exit_code == 0, result.output
+    out = tmp_path / "out"
+    summary = json.loads((out / "summary.json").read_text())
+    assert [row["task"] for row in summary] == ["scenes-easy"] * 3 + ["scenes-read"] * 3
+    assert {tuple(row["kinds"]) for row in summary if row["task"] == "scenes-read"} == {("read",)}
+    for name in ("scenes-easy", "scenes-read"):
+        assert f"untrained, {name}, 4 samples" in (out / "table.md").read_text()
+        assert (out / f"accuracy-{name}.png").exists()
+
+
+def test_a_damaged_file_is_said_and_completed(run, model_dir, tmp_path):
+    assert run(*sweep_args(model_dir)).exit_code == 0
+    results = tmp_path / "out" / "results.jsonl"
+    whole = results.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    results.write_bytes(b"".join(lines[:9]) + b"{nonsense}\n" + b"".join(lines[10:]))
+    again = run(*sweep_args(model_dir))
+    assert again.exit_code == 0
+    assert "is damaged after line 9" in again.output
+    assert results.read_bytes() == whole
 
 
 @pytest.mark.parametrize(
@@ -91,6 +127,11 @@ def test_ctrl_c_says_what_is_done(run, model_dir, monkeypatch, tmp_path):
         (("sweep", "--keep", "lots"), "Budget 'lots'"),
         (("sweep", "--model", "mini-lava"), "Did you mean 'mini-llava'"),
         (("sweep", "--out", __file__), "is a file"),
+        (("sweep", "--out", "/proc/nothing"), "cannot be"),
+        (("sweep", "--task", "scene"), "Did you mean 'scenes'"),
+        (("sweep", "--task", ","), "No task was given"),
+        (("scenes", "--level", "medium"), "level='medium'"),
+        (("scenes", "--out", "scenes.csv"), ".parquet"),
         (("show", "absent.png"), "no image file absent.png"),
         (("show", "absent.png", "--strategy", "nope"), "Unknown strategy 'nope'"),
         (("show", "absent.png", "--keep", "0"), "Budget '0'"),
@@ -120,12 +161,50 @@ def test_show_prints_and_draws(run, model_dir, tmp_path):
     assert (tmp_path / "x.png").stat().st_size > 10_000
 
 
-def test_list_describes_every_strategy(run):
+def test_show_needs_no_image(run, model_dir, tmp_path):
+    asked = scenes.pick_question(scenes.make_scene(5), 5).text
+    result = run("show", "--scene", 5, "--model", model_dir, "--out", "x.png")
+    assert result.exit_code == 0, result.output
+    assert asked in result.output
+    assert (tmp_path / "x.png").stat().st_size > 10_000
+
+
+def test_list_describes_strategies_models_and_tasks(run):
     result = run("list")
     assert result.exit_code == 0
-    lines = dict(line.split(maxsplit=1) for line in result.output.splitlines())
-    assert {"random", "strided", "fastervlm", "vtc_cls", "divprune", "visionzip"} <= set(lines)
-    assert lines["divprune"].startswith("DivPrune: keep the subset")
+    sections: dict[str, dict[str, str]] = {}
+    for line in result.output.splitlines():
+        if line.endswith(":"):
+            sections[line.rstrip(":")] = {}
+        else:
+            name, what = line.split(maxsplit=1)
+            list(sections.values())[-1][name] = what
+    assert set(sections["strategies"]) == set(strategy_names())
+    assert sections["strategies"]["divprune"].startswith("DivPrune: keep the subset")
+    assert sections["models"]["mini-llava"].startswith("A LLaVA")
+    assert "LlavaForConditionalGeneration" in sections["models"]
+    assert set(sections["tasks"]) == set(TASKS)
+
+
+def test_scenes_are_written(run, tmp_path):
+    result = run("scenes", "--limit", 3, "--level", "easy")
+    assert result.exit_code == 0, result.output
+    assert "3 easy scenes (test): scenes.parquet" in result.output
+    assert (tmp_path / "scenes.parquet").exists()
+
+
+def test_doctor(run):
+    result = run("doctor")
+    assert result.exit_code == 0, result.output
+    for word in ("torch", "transformers", "mini-llava"):
+        assert word in result.output
+
+
+def test_the_default_sweep_is_small_enough():
+    found = points(STRATEGIES, BUDGETS)
+    assert len(STRATEGIES) <= 8
+    assert len(found) == 2 + 4 * len(STRATEGIES)
+    assert {"random", "strided"} <= set(STRATEGIES)
 
 
 def test_a_missing_extra_is_named():
@@ -137,3 +216,12 @@ def test_a_missing_extra_is_named():
     assert result.stderr.strip() == (
         "typer is not installed; it comes with pip install 'vtprune[eval]'."
     )
+
+
+def test_doctor_works_where_other_commands_do_not():
+    script = WITHOUT_TYPER.replace('"typer"', '"matplotlib"')
+    result = subprocess.run(
+        [sys.executable, "-c", script, "doctor"], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert "mini-llava" in result.stdout

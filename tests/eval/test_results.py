@@ -9,22 +9,25 @@ from vtprune import ConfigError
 from vtprune.eval.budgets import Point
 from vtprune.eval.results import Answer, Folder, JsonLines, Settings, Timing, check_folder
 
-SETTINGS = Settings("m", "f00d", "scenes/test", 4, 2, 0, 4)
+SETTINGS = Settings("m", "f00d", "scenes", 4, 2, 0, 4, "cpu", "torch 2")
 
 
 def answer(sample, strategy="random"):
-    return Answer(sample, "read", strategy, "25%", "q ?", "3", "4", False, 256, 64)
+    return Answer("scenes", sample, "read", strategy, "25%", "q ?", "3", "4", False, 256, 64)
 
 
 def test_rows_survive_closing(tmp_path):
     folder = Folder(tmp_path / "new" / "run", SETTINGS)
     folder.answers.append([answer(0), answer(1)])
     folder.answers.append([answer(0, "strided")])
-    folder.timings.append([Timing("random", "25%", 0, 2, 12.5)])
+    folder.timings.append([Timing("scenes", "random", "25%", 0, 2, 12.5)])
     again = Folder(tmp_path / "new" / "run", SETTINGS)
     assert again.answers.rows == [answer(0), answer(1), answer(0, "strided")]
-    assert again.done() == {Point("random", "25%"): {0, 1}, Point("strided", "25%"): {0}}
-    assert again.timed() == {(Point("random", "25%"), 0)}
+    assert again.done() == {
+        ("scenes", Point("random", "25%")): {0, 1},
+        ("scenes", Point("strided", "25%")): {0},
+    }
+    assert again.timed() == {("scenes", Point("random", "25%"), 0)}
     assert not again.damage
 
 
@@ -32,8 +35,9 @@ def test_a_row_says_everything(tmp_path):
     Folder(tmp_path, SETTINGS).answers.append([answer(3)])
     row = json.loads((tmp_path / "results.jsonl").read_text())
     assert list(row) == [
-        "sample",
         "task",
+        "sample",
+        "kind",
         "strategy",
         "budget",
         "question",
@@ -77,7 +81,15 @@ def test_a_damaged_tail_is_set_aside(tmp_path, damage):
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("model", "other"), ("fingerprint", "beef"), ("seed", 1), ("limit", 5), ("max_new_tokens", 9)],
+    [
+        ("model", "other"),
+        ("fingerprint", "beef"),
+        ("seed", 1),
+        ("task", "clips"),
+        ("versions", "torch 3"),
+        ("limit", 5),
+        ("max_new_tokens", 9),
+    ],
 )
 def test_another_run_is_refused_with_the_difference(tmp_path, name, value):
     Folder(tmp_path, SETTINGS).answers.append([answer(0)])

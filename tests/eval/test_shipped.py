@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import hashlib
 import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import vtprune.eval
 from vtprune import ConfigError
 from vtprune.eval import shipped
 
@@ -30,9 +32,50 @@ def test_half_precision_weights_load_in_float32(copy):
 
 def test_a_shipped_name_is_a_folder_of_models(model_dir, tmp_path, monkeypatch):
     monkeypatch.setattr(shipped, "MODELS", tmp_path)
-    shutil.copytree(model_dir, tmp_path / "mini-llava")
+    path = shutil.copytree(model_dir, tmp_path / "mini-llava")
+    seal(path)
     model, _ = shipped.load()
     assert shipped.fingerprint(model) == shipped.fingerprint(shipped.load(str(model_dir))[0])
+
+
+def seal(path):
+    """Writes the sums as sha256sum does."""
+    sums = (f"{hashlib.sha256(f.read_bytes()).hexdigest()}  {f.name}" for f in path.iterdir())
+    (path / shipped.SUMS).write_text("\n".join(sorted(sums)) + "\n")
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json", "chat_template.jinja"])
+def test_a_changed_shipped_file_is_refused(model_dir, tmp_path, monkeypatch, file):
+    monkeypatch.setattr(shipped, "MODELS", tmp_path)
+    path = shutil.copytree(model_dir, tmp_path / "mini-llava")
+    seal(path)
+    shipped.verify("mini-llava")
+    data = bytearray((path / file).read_bytes())
+    data[-20] ^= 1
+    (path / file).write_bytes(data)
+    with pytest.raises(ConfigError, match=rf"{file} is not the file that was shipped"):
+        shipped.load("mini-llava")
+    shipped.load(str(model_dir))  # a directory elsewhere is its owner's business
+
+
+def test_a_shipped_model_without_sums_is_refused(model_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(shipped, "MODELS", tmp_path)
+    shutil.copytree(model_dir, tmp_path / "mini-llava")
+    with pytest.raises(ConfigError, match=r"lacks SHA256SUMS.*Install vtprune again"):
+        shipped.load()
+
+
+def test_every_file_of_a_shipped_model_is_summed():
+    for name in shipped.names():
+        path = shipped.MODELS / name
+        summed = {line.split()[1] for line in (path / shipped.SUMS).read_text().splitlines()}
+        prose = {shipped.SUMS, "README.md", "training_log.jsonl"}
+        assert summed == {file.name for file in path.iterdir()} - prose
+        assert sum(file.stat().st_size for file in path.iterdir()) < 12e6
+
+
+def test_load_is_public():
+    assert vtprune.eval.load is shipped.load
 
 
 def test_an_unknown_name_gets_a_hint():

@@ -40,7 +40,18 @@ def test_paired_difference_has_a_width_when_nothing_changed():
 
 def rows(point, rights, kept=64):
     return [
-        Answer(i, "read" if i % 2 else "count", *_names(point), "q", "a", "a", right, 256, kept)
+        Answer(
+            "scenes",
+            i,
+            "read" if i % 2 else "count",
+            *_names(point),
+            "q",
+            "a",
+            "a",
+            right,
+            256,
+            kept,
+        )
         for i, right in enumerate(rights)
     ]
 
@@ -51,7 +62,9 @@ def _names(point):
 
 def test_summary_pairs_by_sample():
     answers = rows(CEILING, [True, True, True, False], 256) + rows(RANDOM, [True, False], 64)
-    timings = [Timing(*_names(RANDOM), first, 2, ms) for first, ms in ((0, 10.0), (2, 30.0))]
+    timings = [
+        Timing("scenes", *_names(RANDOM), first, 2, ms) for first, ms in ((0, 10.0), (2, 30.0))
+    ]
     ceiling, random = summarize([CEILING, FLOOR, RANDOM], answers, timings)
     assert (ceiling.n, ceiling.accuracy.value, ceiling.kept) == (4, 0.75, 256)
     assert ceiling.difference is None
@@ -60,4 +73,4 @@ def test_summary_pairs_by_sample():
     assert random.difference is not None
     assert random.difference.value == -0.5
     assert random.ms == 10.0
-    assert random.tasks == {"count": 1.0, "read": 0.0}
+    assert random.kinds == {"count": 1.0, "read": 0.0}

@@ -6,16 +6,16 @@ import vtprune
 from vtprune import ConfigError
 from vtprune.eval.budgets import CEILING, FLOOR, Point, points
 from vtprune.eval.results import Folder
-from vtprune.eval.samples import Asker, load_samples
+from vtprune.eval.samples import TASKS, Asker, answer_of
 from vtprune.eval.sweep import Sweep, seeded, settings_of
 
-LIMIT, SIZE = 5, 3
+TASK, LIMIT, SIZE = "scenes", 5, 3
 POINTS = points(["random", "visionzip"], ["25%", "1"])
 
 
 @pytest.fixture(scope="module")
 def settings(loaded):
-    return settings_of(loaded[0], "untrained", limit=LIMIT, batch_size=SIZE, seed=0)
+    return settings_of(loaded[0], "untrained", task=TASK, limit=LIMIT, batch_size=SIZE, seed=0)
 
 
 @pytest.fixture(scope="module")
@@ -38,11 +38,11 @@ def test_one_row_per_sample_and_point(whole):
     found = [(row.point, row.sample) for row in whole.answers.rows]
     assert len(set(found)) == len(found) == LIMIT * len(POINTS)
     assert {point for point, _ in found} == set(POINTS)
-    samples = load_samples(0, LIMIT)
+    samples = TASKS[TASK].load(0, LIMIT)
     for row in whole.answers.rows:
         sample = samples[row.sample]
-        asked = (sample.task, sample.question, sample.expected)
-        assert (row.task, row.question, row.expected) == asked
+        asked = (sample.task, sample.kind, sample.question, sample.expected)
+        assert (row.task, row.kind, row.question, row.expected) == asked
         assert row.right == (row.answer == row.expected)
 
 
@@ -54,32 +54,31 @@ def test_counts_are_those_of_the_handle(whole):
     assert kept[Point("visionzip", "1")] == (256, 1)
 
 
-def first_word(processor, ids):
-    words = processor.batch_decode(ids[:, -4:], skip_special_tokens=True)[0].split()
-    return words[0] if words else ""
+def answer(processor, ids):
+    return answer_of(processor.batch_decode(ids[:, -5:], skip_special_tokens=True)[0])
 
 
 def test_answers_are_those_of_the_model_alone(whole, loaded):
     model, processor = loaded
     ask = Asker(processor)
     rows = {(row.point, row.sample): row.answer for row in whole.answers.rows}
-    for sample in load_samples(0, LIMIT):
-        options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False}
+    for sample in TASKS[TASK].load(0, LIMIT):
+        options = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
         seeing = ask([sample.question], [sample.image])
         ids = model.generate(**seeing, **options)
-        assert rows[CEILING, sample.index] == first_word(processor, ids)
+        assert rows[CEILING, sample.index] == answer(processor, ids)
         with vtprune.wrap(model, "visionzip", keep=0.25):
             ids = model.generate(**seeing, **options)
-        assert rows[Point("visionzip", "25%"), sample.index] == first_word(processor, ids)
+        assert rows[Point("visionzip", "25%"), sample.index] == answer(processor, ids)
         blind = ask([sample.question], None)
         assert "pixel_values" not in blind
         assert model.config.image_token_id not in blind["input_ids"]
         ids = model.generate(**blind, **options)
-        assert rows[FLOOR, sample.index] == first_word(processor, ids)
+        assert rows[FLOOR, sample.index] == answer(processor, ids)
 
 
 def test_prompts_of_different_length_are_padded_left(loaded):
-    inputs = Asker(loaded[1])(["how many digits ?", "which is left of the red one ?"], None)
+    inputs = Asker(loaded[1])(["how many digits ?", "what is just left of the red one ?"], None)
     assert inputs["attention_mask"][0, 0] == 0
     assert bool(inputs["attention_mask"][:, -1].all())
 
@@ -102,6 +101,19 @@ def test_a_cut_file_is_completed_to_the_same_bytes(whole, run, settings, tmp_pat
     assert sum(steps) == LIMIT * len(POINTS)
 
 
+def test_a_lost_time_is_measured_again_without_doubling_answers(whole, run, settings, tmp_path):
+    Folder(tmp_path, settings)
+    for name in ("results.jsonl", "timings.jsonl"):
+        (tmp_path / name).write_bytes((whole.path / name).read_bytes())
+    lines = (tmp_path / "timings.jsonl").read_bytes().splitlines(keepends=True)
+    (tmp_path / "timings.jsonl").write_bytes(b"".join(lines[:-2]))
+    folder = Folder(tmp_path, settings)
+    run.run(folder)
+    assert (tmp_path / "results.jsonl").read_bytes() == (whole.path / "results.jsonl").read_bytes()
+    assert folder.timed() == whole.timed()
+    assert len(folder.timings.rows) == len(lines)
+
+
 def test_a_finished_run_computes_nothing(whole, run, settings, monkeypatch):
     monkeypatch.setattr(Sweep, "measure", lambda *_: pytest.fail("measured again"))
     before = (whole.path / "results.jsonl").read_bytes()
@@ -120,6 +132,28 @@ def test_an_added_strategy_leaves_the_rest(whole, loaded, settings, tmp_path):
     assert (tmp_path / "results.jsonl").read_bytes().startswith(data)
     added = [row.point for row in folder.answers.rows[LIMIT * len(POINTS) :]]
     assert added == [Point("strided", "25%")] * LIMIT
+
+
+def test_tasks_are_kept_apart(loaded, tmp_path):
+    model, processor = loaded
+    both = "scenes-easy,scenes-count"
+    settings = settings_of(model, "untrained", task=both, limit=2, batch_size=2, seed=0)
+    folder = Folder(tmp_path, settings)
+    Sweep(model, processor, points(["strided"], ["25%"]), settings).run(folder)
+    found = [(row.task, row.sample, row.point.strategy) for row in folder.answers.rows]
+    assert len(set(found)) == len(found) == 2 * 2 * 3
+    kinds = {row.kind for row in folder.answers.rows if row.task == "scenes-count"}
+    assert kinds == {"count"}
+    easy = [row.question for row in folder.answers.rows if row.task == "scenes-easy"]
+    assert easy[:2] == [sample.question for sample in TASKS["scenes-easy"].load(0, 2)]
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [("3 7 1", "371"), (" Yes, it is", "yes"), ("", ""), ("Red.", "red"), ("4 cats", "4")],
+)
+def test_answers_are_read(text, answer):
+    assert answer_of(text) == answer
 
 
 def test_random_draws_anew_for_each_batch_and_seed():

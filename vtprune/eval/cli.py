@@ -1,31 +1,30 @@
-"""The command line: ``vtprune sweep``, ``show`` and ``list``."""
+"""The command line: ``vtprune sweep``, ``show``, ``list``, ``scenes`` and ``doctor``."""
 
 from __future__ import annotations
 
 import inspect
-import json
+import shlex
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from transformers.utils import logging
 from typer.core import TyperGroup
 
-from vtprune.errors import ConfigError, VTPruneError
-from vtprune.eval import shipped
+from vtprune.errors import VTPruneError
+from vtprune.eval import doctor as checking
+from vtprune.eval import samples, shipped
+from vtprune.eval import scenes as making
 from vtprune.eval import show as showing
 from vtprune.eval.budgets import BUDGETS, STRATEGIES, parse_keep, points, split
-from vtprune.eval.plots import plot
-from vtprune.eval.results import Folder, check_folder, write_whole
-from vtprune.eval.stats import Summary, summarize
+from vtprune.eval.export import write_parquet
+from vtprune.eval.output import progress_bar, write_output
+from vtprune.eval.results import Folder, check_folder
 from vtprune.eval.sweep import Sweep, settings_of
-from vtprune.eval.tables import markdown, rich_table
-from vtprune.registry import strategy_class, strategy_names
+from vtprune.registry import adapter_classes, strategy_class, strategy_names
 
 
 class _Commands(TyperGroup):
@@ -34,7 +33,9 @@ class _Commands(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except VTPruneError as error:
+        except (VTPruneError, ImportError) as error:
+            if isinstance(error, ImportError) and "vtprune[" not in str(error):
+                raise
             message = f"[red]{escape(str(error))}[/red]"
             Console(stderr=True, soft_wrap=True, highlight=False).print(message)
             raise typer.Exit(2) from error
@@ -54,6 +55,7 @@ def vtprune() -> None:
 
 @app.command()
 def sweep(
+    ctx: typer.Context,
     model: Model = shipped.DEFAULT,
     strategy: Annotated[str, typer.Option(help="Names with commas, or 'all'.")] = ",".join(
         STRATEGIES
@@ -61,7 +63,8 @@ def sweep(
     keep: Annotated[
         str, typer.Option(help="Budgets with commas: 64 is tokens; 0.25 or 25% is a share.")
     ] = ",".join(BUDGETS),
-    limit: Annotated[int, typer.Option(min=1, help="Held-out samples.")] = 300,
+    task: Annotated[str, typer.Option(help="Names with commas; see list.")] = samples.DEFAULT,
+    limit: Annotated[int, typer.Option(min=1, help="Samples per task.")] = 300,
     batch_size: Annotated[int, typer.Option(min=1, help="Samples per batch.")] = 16,
     out: Annotated[Path, typer.Option(help="Folder for the results; resumed.")] = Path("sweep"),
     seed: Annotated[int, typer.Option(min=0, help="Of strategies that draw at random.")] = 0,
@@ -69,30 +72,34 @@ def sweep(
     """Accuracy against token budget on held-out samples: table, plot and files."""
     console = Console()
     chosen = points(split(strategy), split(keep))
+    tasks = samples.find_tasks(split(task))
     check_folder(out)
     loaded, processor = shipped.load(model)
-    settings = settings_of(loaded, model, limit=limit, batch_size=batch_size, seed=seed)
+    names = ",".join(task.name for task in tasks)
+    settings = settings_of(loaded, model, task=names, limit=limit, batch_size=batch_size, seed=seed)
     run = Sweep(loaded, processor, chosen, settings)
     folder = Folder(out, settings)
     for note in folder.damage:
         console.print(f"[yellow]{escape(note)}[/yellow]", soft_wrap=True)
-    total = limit * len(chosen)
+    total = limit * len(chosen) * len(tasks)
     try:
-        with _progress(console) as progress:
-            task = progress.add_task("answers", total=total)
-            run.run(folder, lambda n: progress.advance(task, n))
+        with progress_bar(console) as progress:
+            bar = progress.add_task("answers", total=total)
+            run.run(folder, lambda n: progress.advance(bar, n))
     except KeyboardInterrupt:
+        write_output(folder, chosen, console)
         done = f"{len(folder.answers.rows)} of {total} answers are in {out}"
-        console.print(f"Interrupted; {escape(done)}. The same command resumes.", soft_wrap=True)
+        console.print(f"Interrupted; {escape(done)}. This resumes:", soft_wrap=True)
+        console.print(escape(command(ctx)), soft_wrap=True, highlight=False)
         raise typer.Exit(130) from None
-    title = f"{model}, {limit} held-out scenes"
-    _finish(folder, summarize(chosen, folder.answers.rows, folder.timings.rows), title, console)
+    write_output(folder, chosen, console)
 
 
 @app.command()
 def show(
-    image: Annotated[Path, typer.Argument(help="Image file.")],
-    question: Annotated[str, typer.Option(help="What to ask.")] = showing.QUESTION,
+    image: Annotated[Path | None, typer.Argument(help="Image file; without it a scene.")] = None,
+    scene: Annotated[int, typer.Option(min=0, help="Number of a held-out scene.")] = 0,
+    question: Annotated[str | None, typer.Option(help="What to ask.")] = None,
     strategy: Annotated[str, typer.Option(help="One strategy.")] = showing.STRATEGY,
     keep: Annotated[str, typer.Option(help="64 is tokens; 0.25 or 25% is a share.")] = "25%",
     out: Annotated[Path, typer.Option(help="Picture to write.")] = Path("kept.png"),
@@ -100,7 +107,9 @@ def show(
 ) -> None:
     """Answer a question about one image, and draw the patches that were kept."""
     strategy_class(strategy)
-    shown = showing.show(image, question, strategy, parse_keep(keep), out, model)
+    budget = parse_keep(keep)
+    picture, asked = showing.what_to_show(image, scene, question)
+    shown = showing.show(picture, asked, strategy, budget, out, model)
     console = Console(highlight=False, soft_wrap=True)
     console.print(
         f"{escape(shown.question)} [bold]{escape(shown.answer or showing.NOTHING)}[/bold] "
@@ -112,32 +121,47 @@ def show(
 
 @app.command("list")
 def list_() -> None:
-    """Strategies, and what they do."""
-    names = strategy_names()
-    width = max(map(len, names))
-    for name in names:
-        module = sys.modules[strategy_class(name).__module__]
-        what = (inspect.getdoc(module) or "").partition("\n")[0]
-        typer.echo(f"{name:<{width}}  {what}")
+    """Strategies, models and tasks, and what they are."""
+    modules = {name: sys.modules[strategy_class(name).__module__] for name in strategy_names()}
+    strategies = {
+        name: (inspect.getdoc(module) or "").partition("\n")[0] for name, module in modules.items()
+    }
+    models = {name: shipped.describe(name) for name in shipped.names()}
+    families = {
+        name: "from a directory or the hub" for a in adapter_classes() for name in a.classes
+    }
+    tasks = {task.name: task.what for task in samples.TASKS.values()}
+    sections = {"strategies": strategies, "models": models | families, "tasks": tasks}
+    width = max(len(name) for section in sections.values() for name in section)
+    for title, section in sections.items():
+        typer.echo(f"{title}:")
+        for name, what in section.items():
+            typer.echo(f"  {name:<{width}}  {what}")
 
 
-def _progress(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=console,
-    )
+@app.command()
+def scenes(
+    out: Annotated[Path, typer.Option(help="File to write, .parquet.")] = Path("scenes.parquet"),
+    limit: Annotated[int, typer.Option(min=1, help="Number of scenes.")] = 1000,
+    level: Annotated[str, typer.Option(help=f"One of {', '.join(making.LEVELS)}.")] = "standard",
+    split: Annotated[str, typer.Option(help=f"One of {', '.join(making.SPLITS)}.")] = "test",
+) -> None:
+    """Write scenes, questions and answers as a parquet file for other tools."""
+    write_parquet(out, limit, level=level, split=split)
+    typer.echo(f"{limit} {level} scenes ({split}): {out}")
 
 
-def _finish(folder: Folder, summaries: list[Summary], title: str, console: Console) -> None:
-    """Writes ``summary.json``, ``table.md`` and ``accuracy.png``, and prints the table."""
-    if not summaries:
-        raise ConfigError("Nothing was measured.")
-    rows = json.dumps([asdict(summary) for summary in summaries], indent=2)
-    write_whole(folder.path / "summary.json", rows + "\n")
-    write_whole(folder.path / "table.md", markdown(summaries, title))
-    plot(summaries, folder.path / "accuracy.png", title)
-    console.print(rich_table(summaries, title))
-    console.print(f"Files: {escape(str(folder.path))}", soft_wrap=True)
+@app.command()
+def doctor() -> None:
+    """Versions, devices and backends, what is missing, and which extra brings it."""
+    raise typer.Exit(int(checking.run()))
+
+
+def command(ctx: typer.Context) -> str:
+    """Returns the command line that ``ctx`` was made from, every option spelled out."""
+    options = [
+        word
+        for name, value in ctx.params.items()
+        for word in (f"--{name.replace('_', '-')}", str(value))
+    ]
+    return shlex.join(["vtprune", str(ctx.info_name), *options])

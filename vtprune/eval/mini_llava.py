@@ -7,13 +7,14 @@ language model, and such choices mean nothing in a shallow one.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
-from torch import nn
+from tokenizers.pre_tokenizers import Digits, Sequence, WhitespaceSplit
+from torch import Tensor, nn
 from transformers import (
     CLIPImageProcessor,
     CLIPVisionConfig,
@@ -24,11 +25,13 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from vtprune.eval import scenes
+from vtprune.eval.scene_questions import vocabulary
+from vtprune.eval.scene_things import SIZE
 
 PATCH = 8
 WIDTH = 96
-GRID = scenes.SIZE // PATCH
+HEADS = 3
+GRID = SIZE // PATCH
 SPECIALS = ["<pad>", "<s>", "</s>", "<unk>", "<image>"]
 PREFIX = ["<s>", "user", ":"]
 CHAT_TEMPLATE = (
@@ -39,11 +42,11 @@ CHAT_TEMPLATE = (
 
 
 def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Returns a tokenizer with one id per word of the scenes' questions."""
-    words = [*SPECIALS, "user", "assistant", ":", *scenes.vocabulary()]
+    """Returns a tokenizer with one id per word of the scenes' questions, and one per digit."""
+    words = [*SPECIALS, "user", "assistant", ":", *vocabulary()]
     model = WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>")
     tokenizer = Tokenizer(model)
-    tokenizer.pre_tokenizer = WhitespaceSplit()
+    tokenizer.pre_tokenizer = Sequence([WhitespaceSplit(), Digits(individual_digits=True)])
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<pad>",
@@ -59,7 +62,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 def build_processor() -> LlavaProcessor:
     """Returns the processor: 128 x 128 images, 256 visual tokens."""
     image_processor = CLIPImageProcessor(
-        size={"height": scenes.SIZE, "width": scenes.SIZE},
+        size={"height": SIZE, "width": SIZE},
         do_center_crop=False,
         image_mean=[0.5] * 3,
         image_std=[0.5] * 3,
@@ -81,8 +84,8 @@ def build_model(seed: int = 0) -> LlavaForConditionalGeneration:
         hidden_size=WIDTH,
         intermediate_size=3 * WIDTH,
         num_hidden_layers=12,
-        num_attention_heads=4,
-        image_size=scenes.SIZE,
+        num_attention_heads=HEADS,
+        image_size=SIZE,
         patch_size=PATCH,
         hidden_act="gelu",
     )
@@ -91,8 +94,8 @@ def build_model(seed: int = 0) -> LlavaForConditionalGeneration:
         hidden_size=WIDTH,
         intermediate_size=2 * WIDTH,
         num_hidden_layers=12,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        num_attention_heads=HEADS,
+        num_key_value_heads=HEADS,
         max_position_embeddings=4096,
         bos_token_id=SPECIALS.index("<s>"),
         eos_token_id=SPECIALS.index("</s>"),
@@ -110,25 +113,31 @@ def build_model(seed: int = 0) -> LlavaForConditionalGeneration:
     )
     torch.manual_seed(seed)
     model = LlavaForConditionalGeneration._from_config(config, attn_implementation="sdpa")
-    _look_near_first(model.model.vision_tower)
+    tower, llm = model.model.vision_tower, model.model.language_model
+    _place_patches(tower.embeddings.position_embedding.weight)
+    _look_at_alike([block.self_attn for block in tower.encoder.layers], std=0.1)
+    _look_at_alike([block.self_attn for block in llm.layers], std=0.06)
     return model
 
 
 @torch.no_grad()
-def _look_near_first(tower: Any) -> None:
-    """Starts the tower with attention that prefers near and similar patches.
-
-    Sine positions and equal query and key projections (mimetic initialisation, Trockman and
-    Kolter 2023) spare a small tower the long plateau before it learns to look at its neighbours.
-    """
-    table = tower.embeddings.position_embedding.weight
+def _place_patches(table: Tensor) -> None:
+    """Starts the tower's positions ``[1 + N, D]`` as sines of row and column, so near is alike."""
     width = table.shape[1] // 4
     freq = torch.exp(torch.arange(width) * (-math.log(100.0) / width))
     angle = torch.arange(GRID)[:, None] * freq  # [GRID, width]
     wave = torch.cat([angle.sin(), angle.cos()], dim=1)
     rows, cols = wave[:, None].expand(-1, GRID, -1), wave[None].expand(GRID, -1, -1)
     table[1:] = 0.3 * torch.cat([rows, cols], dim=-1).flatten(0, 1)
-    for block in tower.encoder.layers:
-        attention = block.self_attn
-        nn.init.normal_(attention.q_proj.weight, std=0.1)
+
+
+@torch.no_grad()
+def _look_at_alike(attentions: Iterable[Any], std: float) -> None:
+    """Starts attention with equal query and key projections, so that like looks at like.
+
+    Mimetic initialisation (Trockman and Kolter 2023); it spares a small model the long plateau
+    before it learns to look anywhere in particular.
+    """
+    for attention in attentions:
+        nn.init.normal_(attention.q_proj.weight, std=std)
         attention.k_proj.weight.copy_(attention.q_proj.weight)

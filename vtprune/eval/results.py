@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,19 +22,22 @@ class Settings:
 
     model: str
     fingerprint: str
-    data: str
+    task: str
     limit: int
     batch_size: int
     seed: int
     max_new_tokens: int
+    device: str
+    versions: str
 
 
 @dataclass(frozen=True)
 class Answer:
     """One sample at one point; ``tokens`` visual tokens before, ``kept`` after selection."""
 
-    sample: int
     task: str
+    sample: int
+    kind: str
     strategy: str
     budget: str
     question: str
@@ -52,6 +56,7 @@ class Answer:
 class Timing:
     """One batch at one point; ``first`` is its first sample, ``ms`` the time of ``generate``."""
 
+    task: str
     strategy: str
     budget: str
     first: int
@@ -123,7 +128,7 @@ class Folder:
         Raises:
             ConfigError: the folder cannot be written, or belongs to a run with other settings.
         """
-        self.path = path
+        self.path, self.settings = path, settings
         check_folder(path)
         try:
             path.mkdir(parents=True, exist_ok=True)
@@ -140,16 +145,16 @@ class Folder:
         """What was found damaged and set aside."""
         return [note for note in (self.answers.damage, self.timings.damage) if note]
 
-    def done(self) -> dict[Point, set[int]]:
-        """Returns the samples already answered at each point."""
-        found: dict[Point, set[int]] = {}
+    def done(self) -> dict[tuple[str, Point], set[int]]:
+        """Returns the samples already answered, by task and point."""
+        found: dict[tuple[str, Point], set[int]] = defaultdict(set)
         for row in self.answers.rows:
-            found.setdefault(row.point, set()).add(row.sample)
+            found[row.task, row.point].add(row.sample)
         return found
 
-    def timed(self) -> set[tuple[Point, int]]:
-        """Returns the batches already timed: point and first sample."""
-        return {(row.point, row.first) for row in self.timings.rows}
+    def timed(self) -> set[tuple[str, Point, int]]:
+        """Returns the batches already timed: task, point and first sample."""
+        return {(row.task, row.point, row.first) for row in self.timings.rows}
 
     def _check(self, settings: Settings) -> None:
         file = self.path / "settings.json"

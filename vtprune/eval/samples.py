@@ -1,9 +1,11 @@
-"""Held-out scenes as samples, and samples as model inputs."""
+"""Tasks: held-out samples by name, and samples as model inputs."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,34 +13,76 @@ from PIL import Image
 
 from vtprune.errors import ConfigError
 from vtprune.eval import scenes
+from vtprune.eval.scene_questions import TASKS as KINDS
+from vtprune.registry import unknown
 
-DATA = "scenes/test"
-MAX_NEW_TOKENS = 4  # answers are one word
+DEFAULT = "scenes"
+MAX_NEW_TOKENS = 5  # answers are one word, or a number of up to four digits
 
 
 @dataclass(frozen=True)
 class Sample:
-    """Number ``index`` of the data: an image, a question, and the single-word answer expected."""
+    """Number ``index`` of ``task``: an image, a question of some kind, the answer expected."""
 
-    index: int
     task: str
+    index: int
+    kind: str
     image: Image.Image
     question: str
     expected: str
 
 
-def load_samples(first: int, end: int) -> list[Sample]:
-    """Returns the held-out samples ``first`` to ``end - 1``."""
+@dataclass(frozen=True)
+class Task:
+    """Samples that are scored together; ``load(first, end)`` returns ``first`` to ``end - 1``."""
+
+    name: str
+    what: str
+    load: Callable[[int, int], list[Sample]]
+
+
+def load_scenes(task: str, level: str, kind: str | None, first: int, end: int) -> list[Sample]:
+    """Returns samples of held-out scenes of a level; one kind of question, or all in turn."""
     made = []
     for index in range(first, end):
-        scene = scenes.make_scene(index, "test")
-        asked = scenes.pick_question(scene, index)
-        made.append(Sample(index, asked.task, scene.image, asked.text, asked.answer))
+        scene = scenes.make_scene(index, "test", level)
+        asked = scenes.pick_question(scene, index, kind)
+        made.append(Sample(task, index, asked.task, scene.image, asked.text, asked.answer))
     return made
 
 
+def _scenes(name: str, what: str, level: str = "standard", kind: str | None = None) -> Task:
+    return Task(name, what, partial(load_scenes, name, level, kind))
+
+
+_ALL = (
+    _scenes(DEFAULT, f"held-out scenes, all kinds of question in turn: {', '.join(KINDS)}"),
+    *(
+        _scenes(f"{DEFAULT}-{level}", f"the same, {level} scenes", level=level)
+        for level in scenes.LEVELS
+        if level != "standard"
+    ),
+    *(_scenes(f"{DEFAULT}-{kind}", f"held-out scenes, {kind} alone", kind=kind) for kind in KINDS),
+)
+TASKS = {task.name: task for task in _ALL}
+
+
+def find_tasks(names: Sequence[str]) -> list[Task]:
+    """Returns the tasks of these names.
+
+    Raises:
+        ConfigError: no name, or an unknown one.
+    """
+    if not names:
+        raise ConfigError(f"No task was given. Known: {', '.join(TASKS)}.")
+    for name in names:
+        if name not in TASKS:
+            raise unknown("task", name, TASKS)
+    return [TASKS[name] for name in names]
+
+
 class Asker:
-    """Turns questions into inputs of one model and its output into words."""
+    """Turns questions into inputs of one model and its output into answers."""
 
     def __init__(self, processor: Any) -> None:
         """Raises ConfigError when the processor has no chat template."""
@@ -61,16 +105,19 @@ class Asker:
     def answers(
         self, model: Any, inputs: dict[str, torch.Tensor], max_new_tokens: int
     ) -> list[str]:
-        """Returns the first word of each row's greedy answer; waits for the device."""
+        """Returns each row's greedy answer, as ``answer_of`` reads it; waits for the device."""
         ids = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-        return self.first_words(ids[:, inputs["input_ids"].shape[1] :].cpu())
-
-    def first_words(self, new_ids: torch.Tensor) -> list[str]:
-        """Returns the first word of each row of ``[B, T]`` new ids, without punctuation."""
+        new_ids = ids[:, inputs["input_ids"].shape[1] :].cpu()
         texts = self.processor.batch_decode(new_ids, skip_special_tokens=True)
-        return [(text.lower().split() or [""])[0].strip(".,;:!?\"'") for text in texts]
+        return [answer_of(text) for text in texts]
 
     def _prompt(self, question: str, with_image: bool) -> str:
         image = [{"type": "image"}] if with_image else []
         message = {"role": "user", "content": [*image, {"type": "text", "text": question}]}
         return self.processor.apply_chat_template([message], add_generation_prompt=True)
+
+
+def answer_of(text: str) -> str:
+    """Returns the first word in lower case without punctuation; "3 7 1" is the number 371."""
+    joined = re.sub(r"(?<=\d)\s+(?=\d)", "", text.lower())
+    return (joined.split() or [""])[0].strip(".,;:!?\"'")

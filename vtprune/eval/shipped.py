@@ -15,6 +15,7 @@ from vtprune.registry import unknown
 
 MODELS = Path(__file__).parent / "models"
 DEFAULT = "mini-llava"
+SUMS = "SHA256SUMS"  # written with sha256sum, checked on every load
 # What a directory must hold: one file of each row.
 PARTS = (
     ("config.json",),
@@ -37,10 +38,13 @@ def load(name: str = DEFAULT) -> tuple[PreTrainedModel, Any]:
             first two never touch the network.
 
     Raises:
-        ConfigError: there is no such model, or its files are missing, damaged or do not fit.
+        ConfigError: there is no such model, its files are missing, damaged or do not fit, or those
+            of a shipped model are not the ones that were shipped.
     """
     local = _directory(name)
-    if local is not None:
+    if name in names():
+        verify(name)
+    elif local is not None:
         _check_files(local)
     source = name if local is None else str(local)
     where: dict[str, Any] = {"local_files_only": local is not None}
@@ -55,6 +59,32 @@ def load(name: str = DEFAULT) -> tuple[PreTrainedModel, Any]:
     model, info = cast(Any, loaded)
     _check_weights(name, info["missing_keys"])
     return model.eval(), processor
+
+
+def verify(name: str) -> None:
+    """Checks the files of a shipped model against their SHA-256 sums.
+
+    Raises:
+        ConfigError: a file is missing or is not the one that was shipped.
+    """
+    path = MODELS / name
+    _check_files(path)
+    for line in (path / SUMS).read_text(encoding="utf-8").splitlines():
+        wanted, file = line.split(maxsplit=1)
+        found = hashlib.sha256((path / file).read_bytes()).hexdigest()
+        if found != wanted:
+            raise ConfigError(
+                f"{path / file} is not the file that was shipped (SHA-256 {found[:12]}..., not "
+                f"{wanted[:12]}...). Install vtprune again. Weights of your own are loaded by the "
+                "path of a directory elsewhere."
+            )
+
+
+def describe(name: str) -> str:
+    """Returns the first sentence of a shipped model's card."""
+    card = (MODELS / name / "README.md").read_text(encoding="utf-8")
+    paragraphs = [text for text in card.split("\n\n") if not text.startswith("#")]
+    return paragraphs[0].partition(". ")[0].replace("\n", " ").rstrip(".")
 
 
 def fingerprint(model: PreTrainedModel) -> str:
@@ -89,6 +119,8 @@ def _directory(name: str) -> Path | None:
 
 def _check_files(path: Path) -> None:
     missing = [some[0] for some in PARTS if not any((path / file).exists() for file in some)]
+    if path.parent == MODELS and not (path / SUMS).exists():
+        missing.append(SUMS)
     if missing:
         remedy = "Install vtprune again" if path.parent == MODELS else "Save the model again"
         raise ConfigError(

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from vtprune.engine.plan import wrap
 from vtprune.errors import ConfigError, UnsupportedError
+from vtprune.eval import scenes
 from vtprune.eval.samples import MAX_NEW_TOKENS, Asker
 from vtprune.eval.shipped import load
 from vtprune.types import Keep, Selection
@@ -40,19 +41,35 @@ class Shown:
     tokens: int
 
 
-def show(
-    image: Path, question: str, strategy: str, keep: Keep, out: Path, model: str = "mini-llava"
-) -> Shown:
-    """Asks about the image file, pruned and unpruned, and writes the picture to ``out``.
+def what_to_show(path: Path | None, scene: int, question: str | None) -> tuple[Image.Image, str]:
+    """Returns an image and a question: of the file, or else of the held-out scene.
 
     Raises:
-        VTPruneError: the image cannot be read, the picture cannot be written, the model or the
-            strategy does not exist, or the question has words that the model does not know.
+        ConfigError: the image cannot be read.
     """
-    picture = open_image(image)
+    if path is not None:
+        return open_image(path), QUESTION if question is None else question
+    made = scenes.make_scene(scene)
+    return made.image, scenes.pick_question(made, scene).text if question is None else question
+
+
+def show(
+    image: Image.Image,
+    question: str,
+    strategy: str,
+    keep: Keep,
+    out: Path,
+    model: str = "mini-llava",
+) -> Shown:
+    """Asks about the image, pruned and unpruned, and writes the picture to ``out``.
+
+    Raises:
+        VTPruneError: the picture cannot be written, the model or the strategy does not exist, or
+            the question has words that the model does not know.
+    """
     check_out(out)
     loaded, processor = load(model)
-    return ask_and_draw(loaded, processor, picture, question, strategy, keep, out)
+    return ask_and_draw(loaded, processor, image, question, strategy, keep, out)
 
 
 def ask_and_draw(

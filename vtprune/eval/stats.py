@@ -34,7 +34,7 @@ class Summary:
     difference: Interval | None
     kept: float
     ms: float | None
-    tasks: dict[str, float]
+    kinds: dict[str, float]
 
 
 def accuracy(right: int, n: int) -> Interval:
@@ -61,7 +61,7 @@ def paired_difference(ours: Sequence[bool], base: Sequence[bool]) -> Interval:
 def summarize(
     points: Sequence[Point], answers: Sequence[Answer], timings: Sequence[Timing]
 ) -> list[Summary]:
-    """Returns the summary of each point that has answers, in the order of ``points``."""
+    """Returns the summary of each point that one task's rows answer, in the order of ``points``."""
     rows: dict[Point, dict[int, Answer]] = {}
     for row in answers:
         rows.setdefault(row.point, {})[row.sample] = row
@@ -88,10 +88,10 @@ def _summary(
         difference,
         statistics.fmean(row.kept for row in rows.values()),
         statistics.median(times) if times else None,
-        _per_task(list(rows.values())),
+        _per_kind(list(rows.values())),
     )
 
 
-def _per_task(rows: Sequence[Answer]) -> dict[str, float]:
-    tasks = sorted({row.task for row in rows})
-    return {task: statistics.fmean(row.right for row in rows if row.task == task) for task in tasks}
+def _per_kind(rows: Sequence[Answer]) -> dict[str, float]:
+    kinds = sorted({row.kind for row in rows})
+    return {kind: statistics.fmean(row.right for row in rows if row.kind == kind) for kind in kinds}

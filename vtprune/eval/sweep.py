@@ -7,19 +7,21 @@ run has all of them on the samples so far.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
+from importlib.metadata import version
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+import vtprune
 from vtprune.engine.plan import wrap
 from vtprune.engine.wrap import Handle
-from vtprune.eval.budgets import CEILING, FLOOR, Point, parse_keep
+from vtprune.eval.budgets import CEILING, FLOOR, Point, parse_keep, split
 from vtprune.eval.results import Answer, Folder, Settings, Timing
-from vtprune.eval.samples import DATA, MAX_NEW_TOKENS, Asker, Sample, load_samples
+from vtprune.eval.samples import MAX_NEW_TOKENS, Asker, Sample, find_tasks
 from vtprune.eval.shipped import fingerprint
 from vtprune.registry import build, strategy_class
 from vtprune.types import Strategy
@@ -57,9 +59,11 @@ class Sweep:
         """Checks every point against the model, before anything is run.
 
         Raises:
-            VTPruneError: a strategy does not fit the model, or a budget exceeds its tokens.
+            VTPruneError: a task is unknown, a strategy does not fit the model, or a budget exceeds
+                its tokens.
         """
         self.model, self.points, self.settings = model, tuple(points), settings
+        self.tasks = find_tasks(split(settings.task))
         self.ask = Asker(processor)
         for point in self.points:
             if point not in (CEILING, FLOOR):
@@ -69,23 +73,38 @@ class Sweep:
         """Measures what ``folder`` lacks; ``advance`` is told the rows done, old ones too."""
         done, timed = folder.done(), folder.timed()
         size, limit = self.settings.batch_size, self.settings.limit
-        for first in range(0, limit, size):
-            indices = set(range(first, min(first + size, limit)))
-            todo = [point for point in self.points if indices - done.get(point, set())]
-            advance(len(indices) * (len(self.points) - len(todo)))
-            if not todo:
-                continue
-            # Always the whole batch, so that a resumed run repeats the same arithmetic.
-            samples = load_samples(first, first + len(indices))
-            batch = Batch(samples, self.ask, self.model.device)
-            for point in todo:
-                rows, ms = self.measure(point, batch)
-                old = done.get(point, set())
-                folder.answers.append([row for row in rows if row.sample not in old])
-                if (point, first) not in timed:
-                    timing = Timing(point.strategy, point.budget, first, len(rows), ms)
-                    folder.timings.append([timing])
-                advance(len(rows))
+        for task in self.tasks:
+            for first in range(0, limit, size):
+                end = min(first + size, limit)
+                todo = [
+                    point
+                    for point in self.points
+                    if set(range(first, end)) - done[task.name, point]
+                    or (task.name, point, first) not in timed
+                ]
+                advance((end - first) * (len(self.points) - len(todo)))
+                if todo:
+                    # Always the whole batch, so that a resumed run repeats the same arithmetic.
+                    batch = Batch(task.load(first, end), self.ask, self.model.device)
+                    self._measure_all(todo, batch, folder, done, advance)
+
+    def _measure_all(
+        self,
+        todo: Sequence[Point],
+        batch: Batch,
+        folder: Folder,
+        done: Mapping[tuple[str, Point], set[int]],
+        advance: Callable[[int], None],
+    ) -> None:
+        """Measures the points on a batch; writes the answers that are new, and the time."""
+        first = batch.samples[0]
+        for point in todo:
+            rows, ms = self.measure(point, batch)
+            old = done[first.task, point]
+            folder.answers.append([row for row in rows if row.sample not in old])
+            timing = Timing(first.task, point.strategy, point.budget, first.index, len(rows), ms)
+            folder.timings.append([timing])
+            advance(len(rows))
 
     def measure(self, point: Point, batch: Batch) -> tuple[list[Answer], float]:
         """Returns the answers of one point, and the milliseconds that ``generate`` took."""
@@ -129,16 +148,20 @@ def seeded(name: str, seed: int, first: int) -> Strategy:
 
 
 def settings_of(
-    model: PreTrainedModel, name: str, *, limit: int, batch_size: int, seed: int
+    model: PreTrainedModel, name: str, *, task: str, limit: int, batch_size: int, seed: int
 ) -> Settings:
-    """Returns the settings of a sweep of this model."""
-    return Settings(name, fingerprint(model), DATA, limit, batch_size, seed, MAX_NEW_TOKENS)
+    """Returns the settings of a sweep of this model; ``task`` is one name or some with commas."""
+    versions = " ".join(f"{name} {version(name)}" for name in ("torch", "transformers"))
+    device = str(model.device)
+    marks = (MAX_NEW_TOKENS, device, f"vtprune {vtprune.__version__} {versions}")
+    return Settings(name, fingerprint(model), task, limit, batch_size, seed, *marks)
 
 
 def _answer(sample: Sample, point: Point, word: str, tokens: int, kept: int) -> Answer:
     return Answer(
-        sample.index,
         sample.task,
+        sample.index,
+        sample.kind,
         point.strategy,
         point.budget,
         sample.question,

@@ -2,114 +2,172 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import LlavaProcessor
 
 from vtprune.eval import scenes
 from vtprune.eval.mini_llava import GRID, PATCH
+from vtprune.eval.scene_questions import TASKS, Question
+from vtprune.eval.scene_things import CELL, COLORS, NAMES, SIDES, Thing, beside, numbers
 
 IGNORE = -100
-N_BLOCKS, BLOCK = 16, 12  # questions per image; words per question block at most
-COLOR_NAMES = tuple(scenes.COLORS)
+N_BLOCKS, BLOCK = 16, 13  # questions per image; words per question block at most
+LONGEST = 4  # digits of a number whose places are told apart
+MOST = 9  # things that are counted
+COLOR_NAMES = tuple(COLORS)
+# How many questions of each task an image is asked before any task is asked more.
+SHARES = {"number": 1, "count": 2, "relation": 4, "read": 3, "shape": 2, "presence": 2, "color": 2}
 
 
 @dataclass
 class Batch:
-    """One batch of scenes.
+    """One batch of scenes, int64 but for the pixels and ``present``.
 
-    ``pixels`` ``[B, 3, 128, 128]``; ``thing``, ``color`` ``[B, N]``; ``present`` ``[B, C]``;
-    ``count`` ``[B]``; ``ids``, ``labels`` ``[B, N_BLOCKS * BLOCK]``.
+    ``pixels`` ``[B, 3, 128, 128]``; per patch ``[B, N]``: ``thing`` (0 = background), ``color``,
+    ``place`` in a number (0 = in none); ``sides`` ``[B, 4, N]``: what is beside (0 = nothing);
+    ``present`` ``[B, C]``; ``counts`` ``[B, 2]``: digits, shapes; ``ids``, ``labels``
+    ``[B, N_BLOCKS * BLOCK]``; ``tasks`` ``[B, N_BLOCKS]``.
     """
 
     pixels: Tensor
     thing: Tensor
     color: Tensor
+    place: Tensor
+    sides: Tensor
     present: Tensor
-    count: Tensor
+    counts: Tensor
     ids: Tensor
     labels: Tensor
+    tasks: Tensor
 
     def to(self, device: torch.device) -> Batch:
         return Batch(**{name: value.to(device) for name, value in vars(self).items()})
 
 
-def patch_targets(things: tuple[scenes.Thing, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """Per patch ``[GRID, GRID]``: 1 + index of the thing's name (0 = background), and its color.
+def owners(things: Sequence[Thing]) -> NDArray[np.int64]:
+    """Per patch ``[N]``: index of the thing that covers most of it, -1 = none, IGNORE = an edge.
 
-    A patch belongs to the thing that covers most of it; patches covered by less than a quarter
-    are ignored.
+    Patches of which a thing covers less than a quarter are edges.
     """
     edges = np.arange(GRID) * PATCH
     best = np.zeros((GRID, GRID))
-    name = np.zeros((GRID, GRID), dtype=np.int64)
-    color = np.full((GRID, GRID), IGNORE, dtype=np.int64)
-    for t in things:
-        wide = np.minimum(edges + PATCH, t.x + scenes.CELL) - np.maximum(edges, t.x)
-        high = np.minimum(edges + PATCH, t.y + scenes.CELL) - np.maximum(edges, t.y)
+    owner = np.full((GRID, GRID), -1, dtype=np.int64)
+    for i, t in enumerate(things):
+        wide = np.minimum(edges + PATCH, t.x + CELL) - np.maximum(edges, t.x)
+        high = np.minimum(edges + PATCH, t.y + CELL) - np.maximum(edges, t.y)
         cover = high.clip(0)[:, None] * wide.clip(0)[None] / PATCH**2
         mine = cover > best
-        clear = mine & (cover >= 0.25)
-        name[mine], color[mine] = IGNORE, IGNORE
-        name[clear] = 1 + scenes.NAMES.index(t.name)
-        color[clear] = COLOR_NAMES.index(t.color)
+        owner[mine] = np.where(cover >= 0.25, i, IGNORE)[mine]
         best = np.maximum(best, cover)
-    return name, color
+    return owner.flatten()
 
 
-def image_targets(things: tuple[scenes.Thing, ...]) -> tuple[np.ndarray, int]:
-    """Presence of every name and color, and the number of digits (ignored beyond the maximum)."""
+def thing_targets(things: Sequence[Thing]) -> NDArray[np.int64]:
+    """Per thing ``[T, 7]``: 1 + name, color, place in its number, 1 + name on each side."""
+    places = {t: 1 + i for run in numbers(things) for i, t in enumerate(run)}
+    rows = []
+    for t in things:
+        place = places.get(t, 0)
+        row = [_name(t), COLOR_NAMES.index(t.color), place if place <= LONGEST else IGNORE]
+        rows.append([*row, *(_name(beside(things, t, side)) for side in SIDES)])
+    return np.array(rows)
+
+
+def patch_targets(things: Sequence[Thing]) -> NDArray[np.int64]:
+    """Per patch ``[7, N]`` the targets of its thing; the background has a name, 0, and no more."""
+    owner = owners(things)
+    background = np.array([[0, *[IGNORE] * 6]])
+    edge = np.full((1, 7), IGNORE)
+    table = np.concatenate([thing_targets(things), background, edge])
+    return table[np.where(owner == IGNORE, len(things) + 1, owner % (len(things) + 1))].T
+
+
+def image_targets(things: Sequence[Thing]) -> tuple[NDArray[np.float32], list[int]]:
+    """Presence of every name and color, and the numbers of digits and shapes."""
     seen = {t.name for t in things} | {t.color for t in things}
-    present = np.array([n in seen for n in (*scenes.NAMES, *COLOR_NAMES)], dtype=np.float32)
-    count = sum(t.is_digit for t in things)
-    return present, count if count <= scenes.MAX_DIGITS else IGNORE
+    present = np.array([n in seen for n in (*NAMES, *COLOR_NAMES)], dtype=np.float32)
+    digits = sum(t.is_digit for t in things)
+    return present, [n if n <= MOST else IGNORE for n in (digits, len(things) - digits)]
 
 
 class Writer:
-    """Turns scenes into batches."""
+    """Turns scenes into batches; the scenes of a batch take turns with ``levels``."""
 
-    def __init__(self, processor: LlavaProcessor, level: scenes.Level, batch: int) -> None:
+    def __init__(
+        self, processor: LlavaProcessor, levels: Sequence[str | scenes.Level], batch: int
+    ) -> None:
         self.tokenizer = processor.tokenizer
-        self.level = level
+        self.levels = levels
         self.batch = batch
-
-    def question_block(self, question: scenes.Question) -> tuple[list[int], list[int]]:
-        words = [*question.text.split(), "assistant", ":", question.answer, "</s>"]
-        ids = self.tokenizer.convert_tokens_to_ids(words)
-        labels = [IGNORE] * (len(ids) - 3) + ids[-2:] + [IGNORE]  # shifted by one already
-        pad = BLOCK - len(ids)
-        return ids + [0] * pad, labels + [IGNORE] * pad
-
-    def questions(self, scene: scenes.Scene) -> tuple[list[int], list[int]]:
-        chosen = [q for q in scene.questions if q.task != "presence"]
-        for answer in ("yes", "no"):  # as many of each as far as the scene allows
-            asked = [q for q in scene.questions if q.task == "presence" and q.answer == answer]
-            chosen += asked[:3]
-        rare = [q for q in chosen if q.task in ("left", "count")]
-        common = [q for q in chosen if q.task not in ("left", "count")]
-        ids, labels = [], []
-        for question in [*rare, *common][:N_BLOCKS]:
-            block = self.question_block(question)
-            ids, labels = ids + block[0], labels + block[1]
-        pad = N_BLOCKS * BLOCK - len(ids)
-        return ids + [0] * pad, labels + [IGNORE] * pad
 
     def __call__(self, step: int, offset: int) -> Batch:
         first = offset + step * self.batch
-        made = [scenes.make_scene(first + i, "train", self.level) for i in range(self.batch)]
+        made = [
+            scenes.make_scene(i, "train", self.levels[i % len(self.levels)])
+            for i in range(first, first + self.batch)
+        ]
         pixels = torch.from_numpy(np.stack([s.pixels for s in made])).permute(0, 3, 1, 2)
-        targets = [patch_targets(s.things) for s in made]
+        patches = torch.from_numpy(np.stack([patch_targets(s.things) for s in made]))
         image = [image_targets(s.things) for s in made]
-        text = [self.questions(s) for s in made]
+        ids, labels, tasks = zip(*(self._questions(s) for s in made), strict=True)
         return Batch(
             pixels.float() / 127.5 - 1,
-            torch.from_numpy(np.stack([t[0] for t in targets])).flatten(1),
-            torch.from_numpy(np.stack([t[1] for t in targets])).flatten(1),
-            torch.from_numpy(np.stack([p for p, _ in image])),
-            torch.tensor([c for _, c in image]),
-            torch.tensor([t[0] for t in text]),
-            torch.tensor([t[1] for t in text]),
+            patches[:, 0],
+            patches[:, 1],
+            patches[:, 2],
+            patches[:, 3:],
+            torch.from_numpy(np.stack([present for present, _ in image])),
+            torch.tensor([counts for _, counts in image]),
+            torch.tensor(ids),
+            torch.tensor(labels),
+            torch.tensor(tasks),
         )
+
+    def _questions(self, scene: scenes.Scene) -> tuple[list[int], list[int], list[int]]:
+        ids, labels, tasks = [], [], []
+        for question in choose(scene.questions):
+            block = self._block(question)
+            ids, labels = ids + block[0], labels + block[1]
+            tasks.append(TASKS.index(question.task))
+        lacking = N_BLOCKS - len(tasks)
+        return (
+            ids + [0] * (lacking * BLOCK),
+            labels + [IGNORE] * (lacking * BLOCK),
+            tasks + [IGNORE] * lacking,
+        )
+
+    def _block(self, question: Question) -> tuple[list[int], list[int]]:
+        """Ids and labels of one question; a label is the id that follows."""
+        asked = self.tokenizer(question.text + " assistant :")["input_ids"]
+        answer = self.tokenizer(question.answer + " </s>")["input_ids"]
+        ids = asked + answer
+        labels = [IGNORE] * (len(asked) - 1) + answer + [IGNORE]
+        pad = BLOCK - len(ids)
+        return ids + [0] * pad, labels + [IGNORE] * pad
+
+
+def choose(questions: Sequence[Question]) -> list[Question]:
+    """Returns up to ``N_BLOCKS`` questions: the share of each task first, then the rest."""
+    first, rest = [], []
+    left = dict(SHARES)
+    answers_left = {"yes": 1, "no": 1}  # of presence, as many of each
+    for question in questions:
+        task, answer = question.task, question.answer
+        if left[task] and (task != "presence" or answers_left[answer]):
+            first.append(question)
+            left[task] -= 1
+            if task == "presence":
+                answers_left[answer] -= 1
+        elif task != "presence":
+            rest.append(question)
+    return [*first, *rest][:N_BLOCKS]
+
+
+def _name(thing: Thing | None) -> int:
+    return 0 if thing is None else 1 + NAMES.index(thing.name)

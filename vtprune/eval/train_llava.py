@@ -24,13 +24,15 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
 
-from vtprune.eval import scenes
-from vtprune.eval.mini_llava import PREFIX, WIDTH, build_model, build_processor
-from vtprune.eval.train_data import BLOCK, COLOR_NAMES, IGNORE, N_BLOCKS, Batch, Writer
+from vtprune.eval import scenes, train_attention
+from vtprune.eval.mini_llava import build_model, build_processor
+from vtprune.eval.train_data import Batch, Writer
+from vtprune.eval.train_losses import Heads, Words, answering_loss, see, seeing_loss, sum_losses
+
+MIXED = ("standard", "hard", "standard", "easy")
 
 
 @dataclass(frozen=True)
@@ -41,91 +43,17 @@ class Stage:
     steps: int
     lr: float
     train: tuple[str, ...]
-    level: scenes.Level = scenes.STANDARD
+    levels: tuple[str | scenes.Level, ...] = MIXED
     batch: int = 32
     tower_lr: float = 1.0  # of ``lr``
 
 
 STAGES = (
-    Stage("dense", 1100, 1.5e-3, ("tower",), scenes.DENSE),
+    Stage("dense", 1200, 1.5e-3, ("tower",), (scenes.DENSE,)),
     Stage("sparse", 900, 1e-3, ("tower",)),
-    Stage("answer", 2600, 1.2e-3, ("llm",), batch=8),
-    Stage("joint", 1550, 5e-4, ("tower", "llm"), batch=8, tower_lr=0.3),
+    Stage("answer", 3600, 1.2e-3, ("llm",), batch=8),
+    Stage("joint", 3600, 5e-4, ("tower", "llm"), batch=8, tower_lr=0.3),
 )
-
-
-class Heads(nn.Module):
-    """Readouts used in training only: per patch thing and color, per image presence and count."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.patch_norm = nn.LayerNorm(WIDTH)
-        self.image_norm = nn.LayerNorm(WIDTH)
-        self.thing = nn.Linear(WIDTH, 1 + len(scenes.NAMES))
-        self.color = nn.Linear(WIDTH, len(COLOR_NAMES))
-        self.present = nn.Linear(WIDTH, len(scenes.NAMES) + len(COLOR_NAMES))
-        self.count = nn.Linear(WIDTH, scenes.MAX_DIGITS + 1)
-
-
-def see(model: LlavaForConditionalGeneration, pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """Hidden states ``[B, 1 + N, D]`` that yield the features, and those after the last block."""
-    states = model.model.vision_tower(pixels, output_hidden_states=True).hidden_states
-    return states[-2], states[-1]
-
-
-def seeing_loss(heads: Heads, states: Tensor, batch: Batch) -> dict[str, Tensor]:
-    """Losses and accuracies of the readouts on ``states`` ``[B, 1 + N, D]``."""
-    cls, patches = heads.image_norm(states[:, 0]), heads.patch_norm(states[:, 1:])
-    thing, color = heads.thing(patches).float(), heads.color(patches).float()
-    digit = (batch.thing > 0) & (batch.thing <= 10)
-    colored = batch.color >= 0
-    right = (thing.argmax(-1) == batch.thing)[digit].float().mean()
-    weight = torch.ones(thing.shape[-1], device=thing.device)
-    weight[0] = 0.3
-    losses = {
-        "thing": F.cross_entropy(thing.mT, batch.thing, weight=weight, ignore_index=IGNORE),
-        "color": F.cross_entropy(color[colored], batch.color[colored]),
-        "present": F.binary_cross_entropy_with_logits(heads.present(cls).float(), batch.present),
-        "digit_acc": right,
-        "color_acc": (color.argmax(-1) == batch.color)[colored].float().mean(),
-    }
-    if (batch.count != IGNORE).any():
-        losses["count"] = F.cross_entropy(heads.count(cls).float(), batch.count) * 0.3
-    return losses
-
-
-def packed_mask(prefix: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Attention mask ``[1, 1, S, S]`` (True = visible) and positions ``[1, S]``.
-
-    Question blocks see the prefix (words and image) and themselves, not each other.
-    """
-    block = torch.arange(N_BLOCKS, device=device).repeat_interleave(BLOCK)
-    owner = torch.cat([torch.full((prefix,), -1, device=device), block])
-    causal = torch.ones(len(owner), len(owner), dtype=torch.bool, device=device).tril()
-    seen = causal & ((owner[None] == -1) | (owner[None] == owner[:, None]))
-    inside = torch.arange(BLOCK, device=device).repeat(N_BLOCKS)
-    positions = torch.cat([torch.arange(prefix, device=device), prefix + inside])
-    return seen[None, None], positions[None]
-
-
-def answering_loss(
-    model: LlavaForConditionalGeneration, features: Tensor, batch: Batch, prefix_ids: Tensor
-) -> dict[str, Tensor]:
-    """Cross-entropy of the answers (and their end), and the share of right first words."""
-    embed = model.get_input_embeddings()
-    image = model.model.multi_modal_projector(features)
-    head = embed(prefix_ids).expand(len(image), -1, -1).to(image.dtype)
-    inputs = torch.cat([head, image, embed(batch.ids).to(image.dtype)], dim=1)
-    prefix = head.shape[1] + image.shape[1]
-    mask, positions = packed_mask(prefix, image.device)
-    out = model.model.language_model(
-        inputs_embeds=inputs, attention_mask=mask, position_ids=positions, use_cache=False
-    ).last_hidden_state[:, prefix:]
-    asked = batch.labels != IGNORE
-    logits = model.lm_head(out[asked]).float()
-    labels = batch.labels[asked]
-    right = (logits.argmax(-1) == labels).float()
-    return {"answer": F.cross_entropy(logits, labels), "answer_acc": right[::2].mean()}
 
 
 def schedule(step: int, steps: int, warmup: int = 100) -> float:
@@ -144,8 +72,9 @@ class Trainer:
         self.processor = build_processor()
         self.model = cast(LlavaForConditionalGeneration, nn.Module.to(build_model(), device))
         self.heads = Heads().to(device)
-        self.prefix = torch.tensor(self.processor.tokenizer.convert_tokens_to_ids(PREFIX))[None]
-        self.prefix = self.prefix.to(device)
+        self.words = Words.of(self.processor.tokenizer, device)
+        if device.type == "cpu":
+            train_attention.use(self.model)
         self.stage, self.step, self.optimizer_state = 0, 0, None
         out.mkdir(parents=True, exist_ok=True)
         if (out / "checkpoint.pt").exists():
@@ -193,7 +122,7 @@ class Trainer:
         optimizer = torch.optim.AdamW(groups, weight_decay=0.05, betas=(0.9, 0.98))
         if self.optimizer_state is not None:
             optimizer.load_state_dict(self.optimizer_state)
-        writer = Writer(self.processor, stage.level, stage.batch)
+        writer = Writer(self.processor, stage.levels, stage.batch)
         offset = 10_000_000 * self.stage
         saved = time.monotonic()
         sums: dict[str, list[float]] = defaultdict(list)
@@ -230,20 +159,20 @@ class Trainer:
                 late = seeing_loss(self.heads, last, batch)
                 values["late"] = 0.25 * sum_losses(late)
             if train_llm:
-                values |= answering_loss(self.model, states[:, 1:], batch, self.prefix)
+                values |= answering_loss(self.model, states[:, 1:], batch, self.words)
         return values
 
     def _log(self, stage: Stage, sums: dict[str, list[float]]) -> None:
         row = {"stage": stage.name, "step": self.step}
-        row |= {name: round(sum(v) / len(v), 4) for name, v in sums.items()}
+        row |= {name: round(_mean(v), 4) for name, v in sums.items()}
         with (self.out / "log.jsonl").open("a") as log:
             log.write(json.dumps(row) + "\n")
         print(row, flush=True)
 
 
-def sum_losses(values: dict[str, Tensor]) -> Tensor:
-    """Adds up what is a loss; accuracies are only logged."""
-    return torch.stack([v for name, v in values.items() if not name.endswith("_acc")]).sum()
+def _mean(values: list[float]) -> float:
+    known = [v for v in values if v == v]  # a batch may lack what an accuracy is about
+    return sum(known) / max(1, len(known))
 
 
 def main() -> None:
