@@ -19,12 +19,15 @@ FILES = sorted(ROOT.rglob("*.py"))
 OPTIONAL = {"lmms_eval", "matplotlib", "open_clip", "pyarrow", "rich", "scipy", "sklearn", "timm"}
 OPTIONAL |= {"triton", "typer", "vllm"}
 
-VOCABULARY = {"vtprune.types", "vtprune.errors", "vtprune.kernels"}
+VOCABULARY = {"vtprune.types", "vtprune.needs", "vtprune.selection"}
+VOCABULARY |= {"vtprune.errors", "vtprune.kernels"}
 # Folder or file -> what it may import besides the standard library.
 ALLOWED = {
     "errors": set(),
     "kernels": {"vtprune.errors", "vtprune.kernels", "torch", "triton"},
-    "types": {"vtprune.errors", "vtprune.kernels", "torch"},
+    "needs": {"vtprune.errors"},
+    "selection": {"vtprune.kernels", "torch"},
+    "types": {*VOCABULARY, "torch"},
     "scoring": {*VOCABULARY, "vtprune.scoring", "torch"},
     "strategies": {*VOCABULARY, "vtprune.scoring", "torch"},
     "vlm_adapters": {*VOCABULARY, "vtprune.vlm_adapters", "torch", "transformers"},

@@ -7,17 +7,53 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from enum import Enum
 from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from vtprune.errors import ConfigError, InputError, UnsupportedError
-from vtprune.kernels.gather_tokens import gather_tokens
-from vtprune.kernels.segment_merge import segment_merge
+from vtprune.errors import ConfigError, InputError
 from vtprune.kernels.topk_sorted import topk_sorted
+from vtprune.needs import (
+    ClsRow,
+    DecoderNeed,
+    Facts,
+    InstructionText,
+    Keys,
+    LastRow,
+    Need,
+    Quantity,
+    Received,
+    TowerNeed,
+    check_needs,
+)
+from vtprune.selection import Mix, Selection
+
+__all__ = [
+    "Budget",
+    "ClsRow",
+    "DecoderNeed",
+    "Facts",
+    "Inside",
+    "InstructionText",
+    "Keep",
+    "Keys",
+    "LastRow",
+    "Mix",
+    "Need",
+    "Positions",
+    "Quantity",
+    "Received",
+    "Selection",
+    "Signals",
+    "Site",
+    "Stage",
+    "Strategy",
+    "TowerNeed",
+    "check_needs",
+]
 
 Keep = int | float
 Positions = Literal["keep", "renumber"]
@@ -72,71 +108,28 @@ class Site(Enum):
 
     ENCODER = "encoder"  # on the output of a block of the vision tower
     PROJECTOR = "projector"  # after the projector, before the language model
-
-
-class Need:
-    """Something that a strategy reads besides the tokens."""
+    DECODER = "decoder"  # before a layer of the language model
 
 
 @dataclass(frozen=True)
-class TowerNeed(Need):
-    """A quantity of tower block ``layer`` (0-based), reduced while that block runs."""
-
-    layer: int
-
-
-class ClsRow(TowerNeed):
-    """Attention of the CLS query to each patch, mean over heads. ``[B, N]`` float32.
-
-    The softmax runs over all keys, CLS included.
-    """
-
-
-class Received(TowerNeed):
-    """Attention that each patch receives. ``[B, N]`` float32.
-
-    Mean over heads and over all queries, CLS among them.
-    """
-
-
-class Keys(TowerNeed):
-    """Mean over heads of the keys of each patch. ``[B, N, d]`` float32."""
-
-
-@dataclass(frozen=True)
-class InstructionText(Need):
-    """Language-model embeddings of the instruction's words; ``Signals.text`` holds them."""
-
-
-@dataclass(frozen=True)
-class Facts:
-    """What a strategy may know of a model before it runs.
+class Inside:
+    """Where in the language model a stage acts.
 
     Attributes:
-        vision_layers: number of blocks in the vision tower.
-        feature_block: 0-based block whose output is projected.
-        has_cls: whether the tower has a CLS token (index 0 of its sequence).
-        signals: the kinds of needs that the adapter can give.
-        n_tokens: visual tokens of every image, or None where they depend on the image.
-        family: name used in messages.
+        stage: 0-based number of the stage among those of its strategy.
+        layers: 0-based layers before which the strategy's stages act.
+        depth: number of layers.
+        entered: per row the visual tokens that entered the language model.
     """
 
-    vision_layers: int
-    feature_block: int
-    has_cls: bool
-    signals: frozenset[type]
-    n_tokens: int | None = None
-    family: str = "this model"
+    stage: int
+    layers: tuple[int, ...]
+    depth: int
+    entered: tuple[int, ...]
 
-    @staticmethod
-    def signals_of(*, cls_row: bool) -> frozenset[type]:
-        """Returns the signals of an ordinary tower, with or without a CLS token."""
-        kinds = {Received, Keys, InstructionText}
-        return frozenset(kinds | {ClsRow} if cls_row else kinds)
-
-    def scale(self, layer: int, depth: int) -> int:
-        """Maps block ``layer`` of a tower with ``depth`` blocks to this tower."""
-        return min(round(layer * self.vision_layers / depth), self.vision_layers - 1)
+    def of(self, rows: Sequence[int]) -> Inside:
+        """Returns the same for some rows."""
+        return replace(self, entered=tuple(self.entered[i] for i in rows))
 
 
 @dataclass
@@ -146,22 +139,25 @@ class Signals:
     Attributes:
         tokens: ``[B, N, D]`` candidate tokens where the stage acts.
         grid: ``(t, h, w)`` of the tokens, or None where they form none.
-        item: ``[B]`` int64, the image that each row belongs to; None = one row per image.
+        item: ``[B]`` int64, the image that each row belongs to; None = one row per image. Inside
+            the language model a row is a sample, all its images together.
         values: the needed quantities, each with leading dimensions ``[B, N]``.
         text: per row the instruction's embeddings ``[M, D]``, if asked for.
+        inside: where a stage inside the language model acts; None for the others.
     """
 
     tokens: Tensor
     grid: tuple[int, int, int] | None = None
     item: Tensor | None = None
-    values: Mapping[TowerNeed, Tensor] = field(default_factory=dict)
+    values: Mapping[Quantity, Tensor] = field(default_factory=dict)
     text: Sequence[Tensor] | None = None
+    inside: Inside | None = None
 
     @property
     def n(self) -> int:
         return self.tokens.shape[1]
 
-    def stack(self, *kinds: type[TowerNeed]) -> Tensor:
+    def stack(self, *kinds: type[Quantity]) -> Tensor:
         """Returns all quantities of these kinds, stacked in layer order: ``[L, B, N, ...]``.
 
         Raises:
@@ -183,81 +179,25 @@ class Signals:
             None if self.item is None else self.item[index],
             {need: value[index] for need, value in self.values.items()},
             None if self.text is None else [self.text[i] for i in index.tolist()],
+            self.inside and self.inside.of(index.tolist()),
         )
 
 
 @dataclass(frozen=True)
-class Mix:
-    """Sparse weights: edge e adds ``weight[b, e] * x[b, source[b, e]]`` to output ``target[b, e]``.
-
-    ``source``, ``target``: ``[B, E]`` int64; ``weight``: ``[B, E]`` float32. Sources from N on are
-    the tower's prefix tokens (CLS first).
-    """
-
-    source: Tensor
-    target: Tensor
-    weight: Tensor
-
-
-@dataclass(frozen=True)
-class Selection:
-    """Which of N tokens stay, and what each output is made of.
-
-    Attributes:
-        rows: ``[B, K]`` int64, source position whose slot and position id each output takes;
-            -1 = a new row, which takes the first free slot.
-        n: number of source tokens.
-        mix: what each output is made of; None = a copy of its source.
-    """
-
-    rows: Tensor
-    n: int
-    mix: Mix | None = None
-
-    @classmethod
-    def all(cls, batch: int, n: int, device: torch.device) -> Selection:
-        """Keeps everything."""
-        return cls(torch.arange(n, device=device).expand(batch, n), n)
-
-    @property
-    def is_identity(self) -> bool:
-        """Whether everything stays as it is (strategies are not asked when all tokens stay)."""
-        return self.mix is None and self.rows.shape[1] == self.n
-
-    @property
-    def slots(self) -> Tensor:
-        """``[B, K]`` int64: ``rows`` with each -1 replaced by the lowest free source position."""
-        if self.mix is None:  # only a mix can make new rows
-            return self.rows
-        new = self.rows < 0
-        order = torch.arange(self.n, device=self.rows.device)
-        taken = torch.zeros(len(self.rows), self.n + 1, device=self.rows.device, dtype=torch.bool)
-        taken.scatter_(1, torch.where(new, self.n, self.rows), True)
-        free = torch.where(taken[:, : self.n], self.n, order).sort(dim=1).values
-        nth = (new.cumsum(1) - 1).clamp(min=0)
-        return torch.where(new, free.gather(1, nth), self.rows)
-
-    def apply(self, x: Tensor) -> Tensor:
-        """Returns the outputs ``[B, K, ...]`` made of ``x`` ``[B, N (+ prefix), ...]``."""
-        if self.mix is None:
-            return gather_tokens(self.rows, x)[0]
-        mix = self.mix
-        return segment_merge(x, mix.source, mix.target, mix.weight, self.rows.shape[1])
-
-    def row(self, b: int) -> Selection:
-        """Returns the selection of row ``b`` alone, still with a batch dimension of 1."""
-        mix = self.mix
-        if mix is not None:
-            mix = Mix(mix.source[b : b + 1], mix.target[b : b + 1], mix.weight[b : b + 1])
-        return Selection(self.rows[b : b + 1], self.n, mix)
-
-
-@dataclass(frozen=True)
 class Stage:
-    """One point where a strategy acts: ``needs`` are gathered, then its ``select`` is called."""
+    """One point where a strategy acts: ``needs`` are gathered, then its ``select`` is called.
+
+    ``layer`` is the 0-based layer before which a stage inside the language model acts.
+    """
 
     site: Site
     needs: tuple[Need, ...] = ()
+    layer: int | None = None
+
+    @property
+    def quantities(self) -> tuple[Quantity, ...]:
+        """Those of ``needs`` that give a value per token."""
+        return tuple(need for need in self.needs if isinstance(need, Quantity))
 
     @property
     def tower_needs(self) -> tuple[TowerNeed, ...]:
@@ -274,13 +214,16 @@ class Strategy:
     """Base of all strategies. Fields are hyper-parameters; most write only ``score``.
 
     Attributes:
-        layers: 0-based tower blocks to read instead of the default; used as given.
+        layers: 0-based layers to use instead of the default, exactly as given: tower blocks to
+            read, or layers of the language model before which to act.
         kind: ``select`` keeps an exact count, ``adaptive`` counts of its own per row.
+        acts_inside: whether it acts inside the language model.
         positions: the authors' position ids for survivors: ``keep`` theirs, or ``renumber``.
     """
 
     kind: ClassVar[Literal["select", "adaptive"]] = "select"
     positions: ClassVar[Positions] = "renumber"
+    acts_inside: ClassVar[bool] = False
 
     layers: tuple[int, ...] | None = field(default=None, kw_only=True)
 
@@ -289,11 +232,11 @@ class Strategy:
         return type(self).__module__.rpartition(".")[2]
 
     def default_layers(self, facts: Facts) -> tuple[int, ...]:
-        """Returns the 0-based tower blocks read by default; none for most."""
+        """Returns the 0-based layers used by default; none for most."""
         return ()
 
     def used_layers(self, facts: Facts) -> tuple[int, ...]:
-        """Returns the blocks read: ``layers`` as given, or the default.
+        """Returns the layers used: ``layers`` as given, or the default.
 
         Raises:
             ConfigError: a layer out of range, or layers for a strategy that reads none.
@@ -303,11 +246,13 @@ class Strategy:
             return default
         if not default:
             raise ConfigError(f"{self.name} reads no layer; leave layers={self.layers} out.")
-        last = facts.feature_block
-        bad = [i for i in self.layers if isinstance(i, bool) or not 0 <= i <= last]
+        first, last, what = 0, facts.feature_block, "tower blocks 0 to {} up to its features"
+        if self.acts_inside:
+            first, last, what = 1, facts.decoder_layers - 1, "decoder layers 1 to {} to act before"
+        bad = [i for i in self.layers if isinstance(i, bool) or not first <= i <= last]
         if bad or not self.layers or len(set(self.layers)) < len(self.layers):
             raise ConfigError(
-                f"layers={self.layers}: {facts.family} has blocks 0 to {last} up to its features; "
+                f"layers={self.layers}: {facts.family} has {what.format(last)}; "
                 "give distinct ones of them."
             )
         return tuple(sorted(self.layers))
@@ -320,6 +265,9 @@ class Strategy:
         """Returns the stages; here one after the projector."""
         self.used_layers(facts)
         return (Stage(Site.PROJECTOR, self.needs(facts)),)
+
+    def check_budget(self, budget: Budget, facts: Facts) -> None:
+        """Raises ConfigError for a budget that the strategy cannot reach on this model."""
 
     def score(self, signals: Signals) -> Tensor:
         """Returns scores ``[B, N]``, higher = kept."""
@@ -337,14 +285,3 @@ class Strategy:
     def options(cls) -> tuple[str, ...]:
         """Names of the hyper-parameters."""
         return tuple(f.name for f in fields(cls))
-
-
-def check_needs(needs: Sequence[Need], facts: Facts, name: str) -> None:
-    """Raises UnsupportedError when the model cannot give one of ``needs``."""
-    for need in needs:
-        if type(need) not in facts.signals:
-            have = ", ".join(sorted(kind.__name__ for kind in facts.signals)) or "no signal"
-            raise UnsupportedError(
-                f"{name} needs {need}; {facts.family} gives only {have}. Use a strategy that needs "
-                "no such signal, such as 'divprune' or 'random'."
-            )

@@ -10,14 +10,16 @@ from torch import Tensor
 from vtprune.types import (
     ClsRow,
     Facts,
+    Inside,
     InstructionText,
     Keys,
+    LastRow,
     Need,
+    Quantity,
     Received,
     Selection,
     Signals,
     Strategy,
-    TowerNeed,
 )
 
 WIDTH = 16
@@ -27,6 +29,7 @@ TOWERS = {
         feature_block=10,
         has_cls=has_cls,
         signals=Facts.signals_of(cls_row=has_cls),
+        decoder_layers=12,
         family=f"a tower {name}",
     )
     for name, has_cls in {"with CLS": True, "without CLS": False}.items()
@@ -34,7 +37,7 @@ TOWERS = {
 
 
 def _value(need: Need, batch: int, n: int, generator: torch.Generator) -> Tensor:
-    if isinstance(need, (ClsRow, Received)):
+    if isinstance(need, (ClsRow, LastRow, Received)):
         return torch.randn(batch, n, generator=generator).softmax(-1)
     if isinstance(need, Keys):
         return torch.randn(batch, n, 8, generator=generator)
@@ -44,7 +47,8 @@ def _value(need: Need, batch: int, n: int, generator: torch.Generator) -> Tensor
 def make_signals(strategy: Strategy, facts: Facts, batch: int, n: int, seed: int = 0) -> Signals:
     """Random tokens ``[batch, n, 16]`` and all that the strategy's stages need."""
     generator = torch.Generator().manual_seed(seed)
-    needs = {need for stage in strategy.plan(facts) for need in stage.needs}
+    stages = strategy.plan(facts)
+    needs = {need for stage in stages for need in stage.needs}
     side = round(n**0.5)
     signals = Signals(
         tokens=torch.randn(batch, n, WIDTH, generator=generator),
@@ -53,8 +57,11 @@ def make_signals(strategy: Strategy, facts: Facts, batch: int, n: int, seed: int
     )
     if InstructionText() in needs:
         signals.text = [torch.randn(b + 1, WIDTH, generator=generator) for b in range(batch)]
-    read = sorted((need for need in needs if isinstance(need, TowerNeed)), key=repr)
+    read = sorted((need for need in needs if isinstance(need, Quantity)), key=repr)
     signals.values = {need: _value(need, batch, n, generator) for need in read}
+    layers = tuple(stage.layer for stage in stages if stage.layer is not None)
+    if layers:
+        signals.inside = Inside(0, layers, facts.decoder_layers, (n,) * batch)
     return signals
 
 

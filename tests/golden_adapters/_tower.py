@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vtprune.kernels.attn_rows import attn_rows
-from vtprune.types import ClsRow, Facts, Keys, Signals, Strategy, TowerNeed
+from vtprune.types import ClsRow, Facts, Keys, Quantity, Signals, Strategy, TowerNeed
 
 
 def tower(blocks: int = 24) -> Facts:
@@ -24,7 +24,7 @@ def tower(blocks: int = 24) -> Facts:
 def signals_of(strategy: Strategy, facts: Facts, tensors: Mapping[str, Tensor]) -> Signals:
     """Computes what ``strategy`` reads from ``in.q<l>``, ``in.k<l>``; CLS is token 0."""
     needs = strategy.plan(facts)[0].tower_needs
-    values = {need: _value(need, tensors) for need in needs}
+    values: dict[Quantity, Tensor] = {need: _value(need, tensors) for need in needs}
     return Signals(tokens=tensors["in.hidden"][:, 1:], values=values)
 
 

@@ -41,6 +41,26 @@ def refuse(batch: Mapping[str, Any]) -> None:
         raise UnsupportedError("Continuous batching encodes images itself; use generate() instead.")
 
 
+def refuse_inside(setting_of: Callable[[str], Any]) -> None:
+    """Raises UnsupportedError for ways of generating that stages inside the model cannot follow.
+
+    Each would choose anew, or on a part of the prompt, where one choice has to hold.
+    """
+    ways = {
+        "prefill_chunk_size": setting_of("prefill_chunk_size"),
+        "use_cache=False": setting_of("use_cache") is False,
+        "assistant_model": setting_of("assistant_model") is not None,
+        "assistant_early_exit": setting_of("assistant_early_exit"),
+        "prompt_lookup_num_tokens": setting_of("prompt_lookup_num_tokens"),
+    }
+    for name, used in ways.items():
+        if used:
+            raise UnsupportedError(
+                f"{name} does not go with tokens that leave inside the language model. Leave it "
+                "out, or use a strategy that acts before the language model, such as 'divprune'."
+            )
+
+
 def refuse_expansion(copies: int, sample: Sequence[int]) -> None:
     """Refuses several sequences per prompt where transformers mixes up a prompt's images.
 

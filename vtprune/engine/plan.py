@@ -14,12 +14,14 @@ from vtprune.errors import ConfigError, InputError, UnsupportedError
 from vtprune.registry import adapter_classes, build, unknown
 from vtprune.types import (
     Budget,
+    DecoderNeed,
     Facts,
     Keep,
     Positions,
     Selection,
     Signals,
     Site,
+    Stage,
     Strategy,
     check_needs,
 )
@@ -72,13 +74,13 @@ def wrap(
     if len(listed) > 1 and (options or layers is not None):
         raise ConfigError("Options and layers of several strategies go on their instances.")
     chosen = [_with_layers(build(s, **options), layers) for s in listed]
-    steps = _steps(chosen, _budgets(keep, len(chosen)), facts)
+    steps = _steps(chosen, _budgets(keep, len(chosen)), facts, _policy(positions))
     if processor is None and any(step.stage.reads_text for step in steps):
         raise ConfigError(
             f"{chosen[0].name} reads the instruction; pass processor= (the model's own), so that "
             "words can be told from special tokens."
         )
-    return Handle(model, adapter, steps, _positions(positions, chosen), processor)
+    return Handle(model, adapter, steps, processor)
 
 
 def select(
@@ -108,7 +110,8 @@ def select(
     chosen = _with_layers(build(strategy, **options), layers)
     budget = Budget.of(keep)
     budget.check(signals.n)
-    signals = _of_layers(signals, chosen.layers)
+    if not chosen.acts_inside:  # there ``layers`` says where to act, not what to read
+        signals = _of_layers(signals, chosen.layers)
     counts = set(chosen.counts(signals, budget))
     if len(counts) > 1:
         raise ConfigError(
@@ -162,13 +165,20 @@ def _budgets(keep: Keep | Sequence[Keep] | None, n: int) -> list[Budget]:
     return [Budget.of(one) for one in each]
 
 
-def _steps(chosen: Sequence[Strategy], budgets: Sequence[Budget], facts: Facts) -> list[Step]:
+def _steps(
+    chosen: Sequence[Strategy],
+    budgets: Sequence[Budget],
+    facts: Facts,
+    policy: Positions | None,
+) -> list[Step]:
     steps: list[Step] = []
     for strategy, budget in zip(chosen, budgets, strict=True):
-        if facts.n_tokens is not None:
+        if facts.n_tokens is not None and not strategy.acts_inside:
             budget.check(facts.n_tokens)
+        strategy.check_budget(budget, facts)
         for stage in strategy.plan(facts):
             check_needs(stage.needs, facts, strategy.name)
+            _check_order(strategy, stage, steps)
             if stage.site is Site.ENCODER and steps:
                 raise UnsupportedError(
                     f"{strategy.name} works inside the encoder, so it must come first in the list."
@@ -178,13 +188,30 @@ def _steps(chosen: Sequence[Strategy], budgets: Sequence[Budget], facts: Facts) 
                     f"{strategy.name} reads the instruction inside the encoder, which runs before "
                     "the prompt is looked at. Let its stage act after the projector."
                 )
-            steps.append(Step(strategy, stage, budget))
+            if stage.site is Site.DECODER and not all(
+                isinstance(need, DecoderNeed) for need in stage.needs
+            ):
+                raise UnsupportedError(
+                    f"{strategy.name} reads {stage.needs} inside the language model; a stage there "
+                    "can read only quantities of the language model."
+                )
+            steps.append(Step(strategy, stage, budget, policy or strategy.positions))
     return steps
 
 
-def _positions(given: Positions | None, chosen: Sequence[Strategy]) -> Positions:
-    if given is None:
-        return chosen[-1].positions
-    if given not in ("keep", "renumber"):
+def _check_order(strategy: Strategy, stage: Stage, before: Sequence[Step]) -> None:
+    """Raises ConfigError for a stage that comes after one that acts later in the model."""
+    last = max((step.stage.layer for step in before if step.stage.layer is not None), default=None)
+    if last is None or (stage.layer is not None and stage.layer > last):
+        return
+    where = "before" if stage.layer is None else f"before layer {stage.layer} of"
+    raise ConfigError(
+        f"{strategy.name} acts {where} the language model, but comes after a stage before its "
+        f"layer {last}. List the strategies in the order in which they act, each at its own layer."
+    )
+
+
+def _policy(given: Positions | None) -> Positions | None:
+    if given not in (None, "keep", "renumber"):
         raise ConfigError(f"positions={given!r} is unknown; choose 'keep' or 'renumber'.")
     return given

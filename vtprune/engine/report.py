@@ -20,6 +20,19 @@ class ImageReport:
 
 
 @dataclass(frozen=True)
+class StageReport:
+    """One stage inside the language model on one row of the batch.
+
+    ``tokens`` visual tokens of the row reach ``layer`` (0-based), ``kept`` of them enter it.
+    """
+
+    layer: int
+    sample: int
+    tokens: int
+    kept: int
+
+
+@dataclass(frozen=True)
 class Report:
     """The last call of a wrapped model; no images before the first one.
 
@@ -30,7 +43,22 @@ class Report:
     strategy: str
     layers: tuple[int, ...]
     images: tuple[ImageReport, ...] = ()
+    stages: tuple[StageReport, ...] = ()
+    decoder_layers: int = 0
     ms: Mapping[str, float] = field(default_factory=dict)
+
+    def of_sample(self, sample: int) -> tuple[int, float]:
+        """Returns a row's visual tokens, and how many of them enter a decoder layer, on average."""
+        images = [image for image in self.images if image.sample == sample]
+        tokens = sum(image.tokens for image in images)
+        left, total, since = float(sum(image.kept for image in images)), 0.0, 0
+        for stage in self.stages:
+            if stage.sample == sample:
+                total += left * (stage.layer - since)
+                left, since = float(stage.kept), stage.layer
+        if not since:
+            return tokens, left
+        return tokens, (total + left * (self.decoder_layers - since)) / self.decoder_layers
 
     def __str__(self) -> str:
         reads = f", tower blocks {list(self.layers)}" if self.layers else ""
@@ -42,5 +70,10 @@ class Report:
                 f"  image {i} (row {image.sample}): {image.kept} of {image.tokens} visual tokens, "
                 f"{share:.1f} %{note}"
             )
+        lines += [
+            f"  before layer {stage.layer} (row {stage.sample}): {stage.kept} of {stage.tokens} "
+            "visual tokens"
+            for stage in self.stages
+        ]
         lines += [f"  {phase}: {ms:.1f} ms" for phase, ms in self.ms.items()]
         return "\n".join(lines)

@@ -3,23 +3,35 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from vtprune.errors import InputError, UnsupportedError
-from vtprune.types import Budget, Mix, Selection, Signals, Stage, Strategy, TowerNeed
+from vtprune.types import (
+    Budget,
+    Inside,
+    Mix,
+    Positions,
+    Quantity,
+    Selection,
+    Signals,
+    Stage,
+    Strategy,
+    TowerNeed,
+)
 
 
 @dataclass(frozen=True)
 class Step:
-    """A stage with the strategy that planned it and the budget it keeps."""
+    """A stage with the strategy that planned it, the budget it keeps, and its position ids."""
 
     strategy: Strategy
     stage: Stage
     budget: Budget
+    positions: Positions
 
 
 @dataclass
@@ -27,14 +39,16 @@ class Images:
     """The images of one call, in order; tensors of one image have leading dimension ``n_i``.
 
     ``tokens`` change from stage to stage; ``values`` follow the survivors; ``kept`` maps them to
-    the positions before the first stage.
+    the positions before the first stage. Inside the language model the samples take the place of
+    the images, and ``inside`` says where.
     """
 
     tokens: list[Tensor]
     grids: list[tuple[int, int, int] | None]
-    values: dict[TowerNeed, list[Tensor]]
+    values: Mapping[Quantity, list[Tensor]]
     text: list[Tensor] | None
     kept: list[Selection]
+    inside: Inside | None = None
 
 
 def decide(step: Step, images: Images) -> list[Selection]:
@@ -68,9 +82,10 @@ def _signals(step: Step, images: Images, members: Sequence[int]) -> Signals:
         torch.tensor(members, device=tokens.device),
         {
             need: torch.stack([images.values[need][i] for i in members])
-            for need in step.stage.tower_needs
+            for need in step.stage.quantities
         },
         None if images.text is None else [images.text[i] for i in members],
+        images.inside and images.inside.of(members),
     )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from typing import Any
 
@@ -22,7 +22,7 @@ from vtprune.kernels.attn_received import attn_received
 from vtprune.kernels.attn_rows import attn_rows
 from vtprune.types import ClsRow, Keys, Received, TowerNeed
 
-_reading: ContextVar[Tap | None] = ContextVar("vtprune_tap", default=None)
+_reading: ContextVar[Tap | Rows | None] = ContextVar("vtprune_tap", default=None)
 _users: Counter[str] = Counter()
 _previous: dict[str, Callable[..., Any] | None] = {}
 
@@ -71,8 +71,55 @@ class Tap:
         return {need: torch.cat(parts) for need, parts in self._read.items()}
 
 
+class Rows:
+    """Reads the attention of the last token of each row in one module, then stops it.
+
+    Args:
+        module: the attention module; it is called inside ``only``.
+        valid: ``[B, n]`` bool, which of its columns are tokens.
+    """
+
+    class _Enough(Exception):
+        pass
+
+    def __init__(self, module: nn.Module, valid: Tensor) -> None:
+        self.module, self.valid = module, valid
+        self._value: Tensor | None = None
+
+    def read(self, module: nn.Module, q: Tensor, k: Tensor, scale: float | None) -> None:
+        """Reduces ``q`` ``[B, H, n, d]`` and ``k`` ``[B, Hkv, n, d]`` to ``[B, n]``, pads 0."""
+        if module is not self.module:
+            return
+        value = torch.zeros(self.valid.shape, device=q.device)
+        for b, row in enumerate(self.valid):
+            spots = row.nonzero()[:, 0]
+            last = q[b : b + 1, :, spots[-1:]]
+            value[b, spots] = attn_rows(last, k[b : b + 1, :, spots], scale=scale)[0]
+        self._value = value
+        raise Rows._Enough
+
+    @contextmanager
+    def only(self) -> Iterator[None]:
+        """Ends the call of the module once its queries and keys were read."""
+        with suppress(Rows._Enough):
+            yield
+
+    def value(self) -> Tensor:
+        """Returns what was read, ``[B, n]`` float32.
+
+        Raises:
+            HookError: the module did not call the attention interface.
+        """
+        if self._value is None:
+            raise HookError(
+                f"{type(self.module).__name__} did not call the attention interface. Use a "
+                "language model whose attention is sdpa or eager."
+            )
+        return self._value
+
+
 @contextmanager
-def reading(tap: Tap) -> Iterator[None]:
+def reading(tap: Tap | Rows) -> Iterator[None]:
     """Lets ``tap`` read the attention calls of this context."""
     token = _reading.set(tap)
     try:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
-import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -19,12 +16,21 @@ from transformers import Cache, PreTrainedModel
 from vtprune.engine import tap
 from vtprune.engine.compaction import Prompt, compact, samples_of, shorten
 from vtprune.engine.encoder import encode
-from vtprune.engine.generation import FullPrompt, refuse, refuse_expansion, setting, shift_lengths
+from vtprune.engine.generation import (
+    FullPrompt,
+    refuse,
+    refuse_expansion,
+    refuse_inside,
+    setting,
+    shift_lengths,
+)
+from vtprune.engine.instance import bound, now, restore
+from vtprune.engine.layers import Decoding, Layers
 from vtprune.engine.positions import Continuation, full_positions
 from vtprune.engine.report import ImageReport, Report
 from vtprune.engine.signals import Step, instruction_text
 from vtprune.errors import InputError, UnsupportedError
-from vtprune.types import Positions, Selection
+from vtprune.types import Positions, Selection, Site
 from vtprune.vlm_adapters._base import VLMAdapter
 
 
@@ -34,6 +40,7 @@ class _Call:
 
     handle: Handle
     gaps: bool
+    decoding: Decoding | None
 
 
 _running: ContextVar[_Call | None] = ContextVar("vtprune_call", default=None)
@@ -55,17 +62,19 @@ class Handle:
         model: PreTrainedModel,
         adapter: VLMAdapter,
         steps: Sequence[Step],
-        positions: Positions,
         processor: Any = None,
     ) -> None:
         _refuse_overlap(model)
         self.model, self.adapter, self.steps = model, adapter, tuple(steps)
-        self.positions: Positions = positions
+        self.outside = [s for s in self.steps if s.stage.site is not Site.DECODER]
+        self.inside = [s for s in self.steps if s.stage.site is Site.DECODER]
+        self.positions: Positions = self.outside[-1].positions if self.outside else "keep"
         self.timing = False
         self.selections: list[Selection] = []
         self.index: Tensor | None = None
         self._processor = processor
         self._prompt: Prompt | None = None
+        self._decoding: Decoding | None = None
         self._ms: dict[str, float] = {}
         self._undo = ExitStack()
         with ExitStack() as undo:  # a failure half-way leaves nothing behind
@@ -94,20 +103,25 @@ class Handle:
             ImageReport(row, s.n, s.rows.shape[1], max(wanted) > s.n)
             for row, s in zip(samples, self.selections, strict=True)
         )
-        return Report(names, tuple(sorted(layers)), images, dict(self._ms))
+        stages = tuple(self._decoding.left) if self._decoding is not None else ()
+        depth = len(self.adapter.decoder)
+        return Report(names, tuple(sorted(layers)), images, stages, depth, dict(self._ms))
 
     def _install(self, undo: ExitStack) -> None:
-        implementation = self.adapter.tower.config._attn_implementation or "eager"
-        tap.install(implementation)
-        undo.callback(tap.uninstall, implementation)
-        hook = self.adapter.language_model.register_forward_pre_hook(
-            self._fill_mask, with_kwargs=True
-        )
+        language_model = self.adapter.language_model
+        for part in (self.adapter.tower, language_model):
+            implementation = part.config._attn_implementation or "eager"
+            tap.install(implementation)
+            undo.callback(tap.uninstall, implementation)
+        hook = language_model.register_forward_pre_hook(self._fill_mask, with_kwargs=True)
         undo.callback(hook.remove)
+        if self.inside:
+            layers = Layers(language_model, self.adapter.decoder, self.inside, self._current)
+            layers.install(undo)
         for name, replacement in (("generate", self._generate), ("forward", self._forward)):
-            undo.callback(_restore(self.model, name))
+            undo.callback(restore(self.model, name))
             original = getattr(self.model, name)
-            setattr(self.model, name, _bound(original, replacement))
+            setattr(self.model, name, bound(original, replacement))
 
     # -- calls ---------------------------------------------------------------------------------
 
@@ -119,6 +133,8 @@ class Handle:
         self._forget()
         if not self._has_images(batch):
             return original(**batch)
+        if self.inside:
+            refuse_inside(lambda name: self._setting(batch, name))
         with torch.no_grad():
             valid = self._valid(batch, self._padding(batch))
             encoded, prompt = self._encode(batch, valid)
@@ -147,10 +163,16 @@ class Handle:
         if not self._has_images(batch):
             return original(**batch)
         refuse(batch)
+        if self.inside and batch.get("labels") is not None:
+            raise UnsupportedError(
+                "labels have no counterpart where tokens leave inside the language model. Compute "
+                "the loss from the logits; handle.index says which tokens they belong to."
+            )
         encoded, prompt = self._encode(batch, self._valid(batch, None))
         short = self._encoded(batch, encoded)
         if not prompt.changed:
-            return self._run(original, short, prompt)
+            positions = full_positions(batch, prompt.ids)
+            return self._prefill(original, short, prompt, positions, positions)
         if isinstance(batch.get("logits_to_keep"), Tensor):
             raise UnsupportedError(
                 "logits_to_keep as a tensor names positions of the full prompt; pass a number, or "
@@ -158,35 +180,68 @@ class Handle:
             )
         positions = full_positions(batch, prompt.ids)
         short = compact(prompt, short, positions, self.positions, self._pad_id(batch))
-        result = self._run(original, short, prompt)
+        return self._prefill(original, short, prompt, positions, short["position_ids"])
+
+    def _prefill(
+        self,
+        original: Callable[..., Any],
+        batch: dict[str, Any],
+        prompt: Prompt,
+        positions: Tensor,
+        shortened: Tensor,
+    ) -> Any:
+        """Runs a direct call; what a decode loop needs later rides on the cache it returns."""
+        result = self._run(original, batch, prompt)
+        decoding = self._decoding
+        cut = None if decoding is None else decoding.final()
+        if cut is not None:
+            gathered = prompt.index.gather(1, cut.index.clamp(min=0))
+            self.index = gathered.masked_fill(~cut.valid, -1)
+        if not prompt.changed and cut is None:
+            return result
         for value in result.values() if isinstance(result, Mapping) else result:
             if isinstance(value, Cache):
-                after = Continuation.after(prompt.index, positions, short["position_ids"])
-                value._vtprune = after  # type: ignore[attr-defined]
+                after = Continuation.after(prompt.index, positions, shortened)
+                value._vtprune = after, decoding  # type: ignore[attr-defined]
         return result
 
     def _resume(self, original: Callable[..., Any], batch: dict[str, Any]) -> Any:
         """One step of a decode loop that the caller runs."""
         cache = batch["past_key_values"]
-        after: Continuation | None = getattr(cache, "_vtprune", None)
+        after, decoding = getattr(cache, "_vtprune", (None, None))
         if after is None or batch.get("input_ids") is None:
             return original(**batch)
-        return original(**after.resume(batch, cache.get_seq_length()))
+        resumed = after.resume(batch, cache.get_seq_length())
+        return self._call(original, resumed, _Call(self, False, decoding))
 
     def _run(self, original: Callable[..., Any], batch: dict[str, Any], prompt: Prompt) -> Any:
         gaps = prompt.changed and self.positions == "keep"
-        token = _running.set(_Call(self, gaps))
+        self._decoding = self._begin(prompt) if self.inside else None
+        with self._clock("language"):
+            return self._call(original, batch, _Call(self, gaps, self._decoding))
+
+    def _call(self, original: Callable[..., Any], batch: dict[str, Any], call: _Call) -> Any:
+        token = _running.set(call)
         try:
-            with self._clock("language"):
-                return original(**batch)
+            return original(**batch)
         finally:
             _running.reset(token)
+
+    def _begin(self, prompt: Prompt) -> Decoding:
+        index = prompt.index.clamp(min=0)
+        valid = (prompt.index >= 0) & prompt.valid.gather(1, index)
+        return Decoding(valid, valid & (prompt.ids.gather(1, index) == self.adapter.placeholder))
+
+    def _current(self) -> Decoding | None:
+        call = _running.get()
+        return call.decoding if call is not None and call.handle is self else None
 
     # -- parts of a call -----------------------------------------------------------------------
 
     def _forget(self) -> None:
         """Begins a call: the report is of this one, not of the last with images."""
         self.selections, self._prompt, self.index, self._ms = [], None, None, {}
+        self._decoding = None
 
     def _has_images(self, batch: Mapping[str, Any]) -> bool:
         ids = batch.get("input_ids")
@@ -208,9 +263,9 @@ class Handle:
     def _encode(self, batch: Mapping[str, Any], valid: Tensor) -> tuple[Any, Prompt]:
         ids, placeholder = batch["input_ids"], self.adapter.placeholder
         with self._clock("encode"):
-            reads_text = any(step.stage.reads_text for step in self.steps)
+            reads_text = any(step.stage.reads_text for step in self.outside)
             text = self._text(ids, valid) if reads_text else None
-            encoded, selections = encode(self.adapter, self.steps, batch, text)
+            encoded, selections = encode(self.adapter, self.outside, batch, text)
             prompt = shorten(ids, valid, placeholder, selections)
         self.selections, self._prompt, self.index = selections, prompt, prompt.index
         return encoded, prompt
@@ -267,15 +322,9 @@ class Handle:
         if not self.timing:
             yield
             return
-        began = _now(self.model.device)
+        began = now(self.model.device)
         yield
-        self._ms[phase] = 1000 * (_now(self.model.device) - began)
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
+        self._ms[phase] = 1000 * (now(self.model.device) - began)
 
 
 def _refuse_overlap(model: nn.Module) -> None:
@@ -287,31 +336,3 @@ def _refuse_overlap(model: nn.Module) -> None:
                 f"{type(wrapped).__name__} is wrapped already (by {names}). Call remove() on that "
                 "handle first, or give a list of strategies to one wrap()."
             )
-
-
-def _restore(model: nn.Module, name: str) -> Callable[[], None]:
-    """Returns what puts the instance attribute ``name`` back as it is now."""
-    had, before = name in vars(model), vars(model).get(name)
-
-    def undo() -> None:
-        if had:
-            setattr(model, name, before)
-        else:
-            vars(model).pop(name, None)
-
-    return undo
-
-
-def _bound(original: Callable[..., Any], replacement: Callable[..., Any]) -> Callable[..., Any]:
-    """Calls ``replacement(original, named arguments)`` under the original's signature."""
-    signature = inspect.signature(original)
-    extra = [p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD]
-
-    @functools.wraps(original)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        batch = dict(signature.bind(*args, **kwargs).arguments)
-        for name in extra:
-            batch |= batch.pop(name, {})
-        return replacement(original, batch)
-
-    return call

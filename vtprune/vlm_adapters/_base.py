@@ -64,8 +64,13 @@ class VLMAdapter(ABC):
         return 1 if self.facts.has_cls else 0
 
     @property
-    def language_model(self) -> nn.Module:
+    def language_model(self) -> Any:
         return self.base.language_model
+
+    @property
+    def decoder(self) -> Sequence[nn.Module]:
+        """The layers of the language model."""
+        return self.language_model.layers
 
     def encode(self, batch: Mapping[str, Any]) -> Any:
         """Runs the tower and the projector on the pixels of ``batch``."""

@@ -52,6 +52,7 @@ class Llava(VLMAdapter):
             has_cls=has_cls,
             signals=Facts.signals_of(cls_row=has_cls),
             n_tokens=side * side,
+            decoder_layers=config.text_config.num_hidden_layers,
             family=f"LLaVA ({vision.model_type})",
         )
 

@@ -1,0 +1,68 @@
+"""A language model built from recorded weights, with the engine's stages inside it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, LlamaModel
+
+from vtprune.engine import tap
+from vtprune.engine.layers import Decoding, Layers
+from vtprune.engine.signals import Step
+from vtprune.types import Budget, Facts, Strategy
+
+PREFIX = "in.weights."
+
+
+def decoder(layers: int) -> Facts:
+    """A language model of that many layers behind the authors' tower."""
+    return Facts(24, 22, True, Facts.signals_of(cls_row=True), decoder_layers=layers)
+
+
+def llama(params: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> LlamaModel:
+    """Returns the recorded model; its embedding table is not used."""
+    width = tensors[f"{PREFIX}layers.0.mlp.gate_proj.weight"].shape[0]
+    config = LlamaConfig(
+        vocab_size=8,
+        hidden_size=params["hidden"],
+        intermediate_size=width,
+        num_hidden_layers=params["layers"],
+        num_attention_heads=params["heads"],
+        rms_norm_eps=params["rms_norm_eps"],
+        rope_parameters={"rope_type": "default", "rope_theta": params["rope_theta"]},
+        max_position_embeddings=512,
+    )
+    model = LlamaModel._from_config(config, attn_implementation="sdpa")
+    names = [name for name in tensors if name.startswith(PREFIX)]
+    weights = {name.removeprefix(PREFIX): tensors[name] for name in names}
+    missing, unexpected = model.load_state_dict(weights, strict=False)
+    assert (missing, unexpected) == (["embed_tokens.weight"], [])
+    return model.eval()
+
+
+@contextmanager
+def staged(
+    model: LlamaModel, strategy: Strategy, keep: float | int, visual: Tensor
+) -> Iterator[Decoding]:
+    """Runs the model with the strategy's stages; ``visual`` ``[B, L]`` bool marks the image."""
+    facts = decoder(len(model.layers))
+    budget = Budget.of(keep)
+    stages = strategy.plan(facts)
+    steps = [Step(strategy, stage, budget, strategy.positions) for stage in stages]
+    decoding = Decoding(torch.ones_like(visual), visual)
+    with ExitStack() as undo:
+        tap.install("sdpa")
+        undo.callback(tap.uninstall, "sdpa")
+        Layers(model, list(model.layers), steps, lambda: decoding).install(undo)
+        with torch.no_grad():
+            yield decoding
+
+
+def span(length: int, image: tuple[int, int]) -> Tensor:
+    """Returns ``[1, length]`` bool, True from ``image[0]`` to before ``image[1]``."""
+    columns = torch.arange(length)
+    return ((columns >= image[0]) & (columns < image[1]))[None]

@@ -1,0 +1,218 @@
+"""Stages inside the language model: tokens leave before a layer, and later layers run shorter.
+
+A pre-hook on each layer from the first stage on gathers the hidden states and cuts what the model
+hands to the layer: rotary embeddings, mask, positions. The cache of each layer just holds as many
+entries as that layer saw.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vtprune.engine.cuts import Cut
+from vtprune.engine.report import StageReport
+from vtprune.engine.signals import Images, Step, decide
+from vtprune.engine.tap import Rows, reading
+from vtprune.errors import UnsupportedError
+from vtprune.types import DecoderNeed, Inside, Selection
+
+
+@dataclass
+class Decoding:
+    """One prompt on its way through the language model, and the tokens decoded after it.
+
+    Attributes:
+        valid, visual: ``[B, L]`` bool, columns of the prompt that are tokens, and visual ones.
+        cuts: by layer, what is left from that layer on.
+        rows: what was read, ``[B, L]`` over the columns of the prompt.
+        left: what the stages did, for the report.
+    """
+
+    valid: Tensor
+    visual: Tensor
+    copies: int = 1
+    cuts: dict[int, Cut] = field(default_factory=dict)
+    rows: dict[DecoderNeed, Tensor] = field(default_factory=dict)
+    left: list[StageReport] = field(default_factory=list)
+    prefilled: bool = False
+
+    def expand(self, batch: int) -> None:
+        """Repeats every row as ``generate`` does for beams and several sequences per prompt."""
+        self.copies = batch // len(self.valid)
+        self.valid = self.valid.repeat_interleave(self.copies, dim=0)
+        self.visual = self.visual.repeat_interleave(self.copies, dim=0)
+
+    def cut(self, layer: int) -> Cut | None:
+        """What ``layer`` still sees; None = everything."""
+        before = [at for at in self.cuts if at <= layer]
+        return self.cuts[max(before)] if before else None
+
+    def final(self) -> Cut | None:
+        return self.cut(max(self.cuts, default=0))
+
+
+class Layers:
+    """The hooks of one handle in its language model.
+
+    Args:
+        model: the language model; ``layers`` its decoder layers in order.
+        steps: stages with site ``DECODER``, in order of their layers.
+        current: returns the running call's ``Decoding``, or None to leave a call alone.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        layers: Sequence[nn.Module],
+        steps: Sequence[Step],
+        current: Callable[[], Decoding | None],
+    ) -> None:
+        self.model, self.layers, self.current = model, list(layers), current
+        self.steps = {step.stage.layer or 0: step for step in steps}
+        needs = [n for s in steps for n in s.stage.quantities if isinstance(n, DecoderNeed)]
+        self.needs = list(dict.fromkeys(needs))
+
+    def install(self, undo: ExitStack) -> None:
+        """Registers the hooks; ``undo`` takes them off."""
+        begin = self.model.register_forward_pre_hook(self._begin, with_kwargs=True)
+        undo.callback(begin.remove)
+        first = min([*(need.layer for need in self.needs), *self.steps])
+        for number in range(first, len(self.layers)):
+            hook = self.layers[number].register_forward_pre_hook(
+                self._hook(number), with_kwargs=True
+            )
+            undo.callback(hook.remove)
+        undo.callback(self.model.register_forward_hook(self._end).remove)
+
+    def _begin(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        decoding = self.current()
+        if decoding is not None and not decoding.prefilled:
+            embeds = kwargs["inputs_embeds"]
+            decoding.expand(len(embeds))
+            if embeds.shape[1] != decoding.valid.shape[1]:
+                raise UnsupportedError(
+                    f"The language model was called with {embeds.shape[1]} of the prompt's "
+                    f"{decoding.valid.shape[1]} tokens. Stages inside it need the prompt in one "
+                    "piece."
+                )
+
+    def _end(self, module: nn.Module, args: Any, output: Any) -> None:
+        decoding = self.current()
+        if decoding is not None:
+            decoding.prefilled = True
+
+    def _hook(self, number: int) -> Callable[..., Any]:
+        def before(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+            decoding = self.current()
+            if decoding is None:
+                return None
+            hidden = args[0] if args else kwargs["hidden_states"]
+            rest = {name: value for name, value in kwargs.items() if name != "hidden_states"}
+            if not decoding.prefilled:
+                return self._prefill(decoding, number, hidden, rest)
+            cut = decoding.cut(number)
+            return None if cut is None else ((hidden,), cut.step(rest, number, self._rotary))
+
+        return before
+
+    def _rotary(self, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        return self.model.rotary_emb(hidden, positions)
+
+    def _prefill(
+        self, decoding: Decoding, number: int, hidden: Tensor, kwargs: dict[str, Any]
+    ) -> Any:
+        if isinstance(kwargs.get("attention_mask"), dict):
+            raise UnsupportedError(
+                "This language model has masks of several kinds (sliding windows), which cannot be "
+                "cut yet. Use a strategy that acts before the language model, such as 'divprune'."
+            )
+        cut = decoding.cut(number)
+        cut_kwargs = kwargs if cut is None else cut.prompt(kwargs, hidden, self._rotary)
+        for need in self.needs:
+            if need.layer == number:
+                decoding.rows[need] = self._read(decoding, cut, number, hidden, cut_kwargs)
+        step = self.steps.get(number)
+        if step is None:
+            return (hidden,), cut_kwargs
+        hidden, after = self._stage(decoding, step, cut, hidden)
+        if after is None:
+            return (hidden,), cut_kwargs
+        decoding.cuts[number] = after
+        return (hidden,), after.prompt(kwargs, hidden, self._rotary)
+
+    def _read(
+        self,
+        decoding: Decoding,
+        cut: Cut | None,
+        number: int,
+        hidden: Tensor,
+        kwargs: dict[str, Any],
+    ) -> Tensor:
+        """Runs the attention of a layer up to its queries and keys; ``[B, L]`` over the prompt."""
+        columns = Cut.whole(decoding.valid) if cut is None else cut
+        layer: Any = self.layers[number]
+        rows = Rows(layer.self_attn, columns.valid)
+        with torch.no_grad(), reading(rows), rows.only():
+            layer.self_attn(layer.input_layernorm(hidden), **{**kwargs, "past_key_values": None})
+        return columns.spread(rows.value(), decoding.valid.shape[1])
+
+    def _stage(
+        self, decoding: Decoding, step: Step, cut: Cut | None, hidden: Tensor
+    ) -> tuple[Tensor, Cut | None]:
+        """Asks the strategy once per prompt; its copies follow. No cut where nothing leaves."""
+        columns = Cut.whole(decoding.valid) if cut is None else cut
+        visual = columns.valid & decoding.visual.gather(1, columns.index.clamp(min=0))
+        asked = [b for b in range(0, len(hidden), decoding.copies) if bool(visual[b].any())]
+        spots = {b: visual[b].nonzero()[:, 0] for b in asked}
+        chosen = self._decide(decoding, step, columns, hidden, spots)
+        stays, merged = columns.valid.clone(), hidden.clone()
+        for (b, places), selection in zip(spots.items(), chosen, strict=True):
+            slots = places[selection.slots[0]]
+            for copy in range(b, b + decoding.copies):
+                stays[copy, places] = False
+                stays[copy, slots] = True
+                merged[copy, slots] = selection.apply(hidden[copy, places][None])[0]
+            tokens, kept = len(places), len(slots)
+            number = step.stage.layer or 0
+            decoding.left.append(StageReport(number, b // decoding.copies, tokens, kept))
+        if all(selection.is_identity for selection in chosen):
+            return hidden, None
+        after = columns.keep(stays, decoding.valid, renumber=step.positions == "renumber")
+        return after.gather(merged, columns), after
+
+    def _decide(
+        self,
+        decoding: Decoding,
+        step: Step,
+        columns: Cut,
+        hidden: Tensor,
+        spots: dict[int, Tensor],
+    ) -> list[Selection]:
+        stages = [n for n, other in self.steps.items() if other.strategy is step.strategy]
+        inside = Inside(
+            stages.index(step.stage.layer or 0),
+            tuple(stages),
+            len(self.layers),
+            tuple(int(decoding.visual[b].sum()) for b in spots),
+        )
+        images = Images(
+            [hidden[b, places] for b, places in spots.items()],
+            [None] * len(spots),
+            {
+                need: [
+                    decoding.rows[need][b, columns.index[b, places]] for b, places in spots.items()
+                ]
+                for need in step.stage.quantities
+                if isinstance(need, DecoderNeed)
+            },
+            None,
+            [Selection.all(1, len(places), places.device) for places in spots.values()],
+            inside,
+        )
+        return decide(step, images) if spots else []
