@@ -9,7 +9,17 @@ from vtprune.eval.results import Answer
 
 def row(sample, kind, expected, answer, strategy="unpruned", budget="100%"):
     return Answer(
-        "scenes", sample, kind, strategy, budget, "?", expected, answer, expected == answer, 256, 64
+        "scenes",
+        sample,
+        kind,
+        strategy,
+        budget,
+        "?",
+        expected,
+        answer,
+        expected == answer,
+        256,
+        64.0,
     )
 
 
@@ -40,5 +50,5 @@ def test_many_answers_become_a_list():
 
 
 def test_without_unpruned_answers():
-    with pytest.raises(ConfigError, match="no unpruned answers"):
+    with pytest.raises(ConfigError, match="lacks answers"):
         card(PRUNED)

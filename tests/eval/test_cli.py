@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
+import vtprune
 from vtprune.eval import scenes
 from vtprune.eval.budgets import BUDGETS, STRATEGIES, points
 from vtprune.eval.cli import app
@@ -84,10 +86,10 @@ def test_ctrl_c_says_what_is_done(run, model_dir, monkeypatch, tmp_path):
     monkeypatch.setattr(Sweep, "measure", interrupted)
     result = run(*sweep_args(model_dir))
     assert result.exit_code == 130
-    assert "16 of 24 answers are in out. This resumes:" in result.output
+    assert "Interrupted; 16 of 24 answers are in out. This resumes:" in result.output
     assert "strided" in result.output  # the table of what is done
-    resume = shlex.split(result.output.strip().splitlines()[-1])
-    assert resume[0] == "vtprune"
+    (line,) = [line for line in result.output.splitlines() if line.startswith("vtprune sweep")]
+    resume = shlex.split(line)
     monkeypatch.undo()
     monkeypatch.chdir(tmp_path)
     assert run(*resume[1:]).exit_code == 0
@@ -104,7 +106,7 @@ def test_several_tasks_have_a_table_each(run, model_dir, tmp_path):
     assert [row["task"] for row in summary] == ["scenes-easy"] * 3 + ["scenes-read"] * 3
     assert {tuple(row["kinds"]) for row in summary if row["task"] == "scenes-read"} == {("read",)}
     for name in ("scenes-easy", "scenes-read"):
-        assert f"untrained, {name}, 4 samples" in (out / "table.md").read_text()
+        assert f"untrained, {name}\n" in (out / "table.md").read_text()
         assert (out / f"accuracy-{name}.png").exists()
 
 
@@ -117,6 +119,8 @@ def test_a_damaged_file_is_said_and_completed(run, model_dir, tmp_path):
     again = run(*sweep_args(model_dir))
     assert again.exit_code == 0
     assert "is damaged after line 9" in again.output
+    times = (tmp_path / "out" / "timings.jsonl").read_text().splitlines()
+    assert len(times) == len({line.rpartition(",")[0] for line in times}) == 6
     assert results.read_bytes() == whole
 
 
@@ -225,3 +229,34 @@ def test_doctor_works_where_other_commands_do_not():
     )
     assert result.returncode == 0, result.stderr
     assert "mini-llava" in result.stdout
+
+
+def test_what_is_added_joins_what_is_there(run, model_dir, tmp_path):
+    assert run(*sweep_args(model_dir, "--keep", "25%", "--strategy", "strided")).exit_code == 0
+    more = run(*sweep_args(f"{model_dir}/", "--keep", "0.25,25%", "--strategy", "random"))
+    assert more.exit_code == 0, more.output
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    names = [(row["strategy"], row["budget"]) for row in summary]
+    assert names[2:] == [("random", "25%"), ("strided", "25%")]
+    assert all(f"| {name} |" in (tmp_path / "out" / "table.md").read_text() for name, _ in names)
+
+
+def test_ctrl_c_while_loading(run, model_dir, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("vtprune.eval.shipped.load", interrupted)
+    result = run(*sweep_args(model_dir))
+    assert result.exit_code == 130
+    assert "Interrupted; 0 of 24 answers are in out. This resumes:" in result.output
+
+
+def test_names_are_no_markup(run, model_dir, tmp_path):
+    odd = shutil.copytree(model_dir, tmp_path / "m_[/x] $\\foo$")
+    result = run(*sweep_args(odd, "--strategy", "strided", "--keep", "25%", "--limit", 2))
+    assert result.exit_code == 0, result.output
+    assert "m_[/x]" in result.output
+
+
+def test_version(run):
+    assert run("--version").output.strip() == vtprune.__version__

@@ -34,8 +34,8 @@ def test_rows_are_the_scenes(tmp_path, level, split, first):
         with Image.open(io.BytesIO(row["image"]["bytes"])) as picture:
             assert picture.format == "PNG"
             np.testing.assert_array_equal(np.asarray(picture), scene.pixels)
-        assert (row["task"], row["question"], row["answer"]) == (
-            *(asked.task, asked.text, asked.answer),
+        assert (row["kind"], row["question"], row["answer"]) == (
+            *(asked.kind, asked.text, asked.answer),
         )
     assert len({row["image"]["path"] for row in rows}) == 9
     assert list(tmp_path.iterdir()) == [path]
@@ -47,9 +47,11 @@ def test_the_schema_says_what_the_columns_are(tmp_path):
     assert {name: str(schema.field(name).type) for name in schema.names} == {
         "image": "struct<bytes: binary, path: string>",
         "index": "int64",
-        "task": "string",
+        "kind": "string",
         "question": "string",
         "answer": "string",
+        "level": "string",
+        "split": "string",
     }
     features = json.loads(schema.metadata[b"huggingface"])["info"]["features"]
     assert list(features) == schema.names

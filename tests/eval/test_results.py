@@ -1,19 +1,22 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+import subprocess
+import sys
+from dataclasses import asdict, replace
 
 import pytest
 
 from vtprune import ConfigError
 from vtprune.eval.budgets import Point
-from vtprune.eval.results import Answer, Folder, JsonLines, Settings, Timing, check_folder
+from vtprune.eval.results import Folder, Settings, check_folder
+from vtprune.eval.rows import Answer, JsonLines, Timing
 
-SETTINGS = Settings("m", "f00d", "scenes", 4, 2, 0, 4, "cpu", "torch 2")
+SETTINGS = Settings("m", "f00d", "scenes", "", 4, 2, 0, 4, "cpu", "torch 2")
 
 
 def answer(sample, strategy="random"):
-    return Answer("scenes", sample, "read", strategy, "25%", "q ?", "3", "4", False, 256, 64)
+    return Answer("scenes", sample, "read", strategy, "25%", "q ?", "3", "4", False, 256, 64.0)
 
 
 def test_rows_survive_closing(tmp_path):
@@ -21,6 +24,7 @@ def test_rows_survive_closing(tmp_path):
     folder.answers.append([answer(0), answer(1)])
     folder.answers.append([answer(0, "strided")])
     folder.timings.append([Timing("scenes", "random", "25%", 0, 2, 12.5)])
+    folder.close()
     again = Folder(tmp_path / "new" / "run", SETTINGS)
     assert again.answers.rows == [answer(0), answer(1), answer(0, "strided")]
     assert again.done() == {
@@ -64,7 +68,12 @@ def test_every_cut_leaves_the_whole_lines(tmp_path):
         assert path.read_bytes() == whole
 
 
-@pytest.mark.parametrize("damage", [b"\0\0\0\n", b'{"sample": 1}\n', b"[1, 2]\n", b"\xff\xfe\n"])
+WRONG_TYPES = [{"sample": "0"}, {"right": 0}, {"strategy": []}, {"tokens": 1.5}, {"answer": None}]
+DAMAGED = [b"\0\0\0\n", b'{"sample": 1}\n', b"[1, 2]\n", b"\xff\xfe\n"]
+DAMAGED += [json.dumps(asdict(answer(0)) | wrong).encode() + b"\n" for wrong in WRONG_TYPES]
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
 def test_a_damaged_tail_is_set_aside(tmp_path, damage):
     path = tmp_path / "rows.jsonl"
     JsonLines(path, Answer).append([answer(0)])
@@ -92,7 +101,9 @@ def test_a_damaged_tail_is_set_aside(tmp_path, damage):
     ],
 )
 def test_another_run_is_refused_with_the_difference(tmp_path, name, value):
-    Folder(tmp_path, SETTINGS).answers.append([answer(0)])
+    folder = Folder(tmp_path, SETTINGS)
+    folder.answers.append([answer(0)])
+    folder.close()
     before = (tmp_path / "results.jsonl").read_bytes()
     with pytest.raises(ConfigError, match=name) as caught:
         Folder(tmp_path, replace(SETTINGS, **{name: value}))
@@ -101,8 +112,9 @@ def test_another_run_is_refused_with_the_difference(tmp_path, name, value):
     assert (tmp_path / "results.jsonl").read_bytes() == before
 
 
-def test_results_without_settings_are_refused(tmp_path):
-    (tmp_path / "results.jsonl").write_text("")
+@pytest.mark.parametrize("name", ["results.jsonl", "timings.jsonl"])
+def test_rows_without_settings_are_refused(tmp_path, name):
+    (tmp_path / name).write_text("")
     with pytest.raises(ConfigError, match=r"no settings\.json"):
         Folder(tmp_path, SETTINGS)
 
@@ -121,3 +133,75 @@ def test_a_file_is_no_folder(tmp_path):
             check_folder(path)
     check_folder(tmp_path / "a" / "b")
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_second_damage_keeps_what_the_first_set_aside(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    for i, junk in enumerate((b"first\n", b"second\n", b"no end")):
+        path.write_bytes(junk)
+        lines = JsonLines(path, Answer)
+        assert lines.damage is not None
+        assert len(list(tmp_path.glob("*.damaged*"))) == i + 1
+    assert {p.read_bytes() for p in tmp_path.glob("*.damaged*")} == {
+        b"first\n",
+        b"second\n",
+        b"no end",
+    }
+
+
+FULL = """
+import resource, signal, sys
+from pathlib import Path
+from tests.eval.test_results import answer
+from vtprune import ConfigError
+from vtprune.eval.rows import Answer, JsonLines
+
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+lines = JsonLines(Path(sys.argv[1]), Answer)
+lines.append([answer(0)])
+resource.setrlimit(resource.RLIMIT_FSIZE, (300, 300))
+try:
+    lines.append([answer(1), answer(2)])
+except ConfigError as error:
+    print(error, len(lines.rows))
+"""
+
+
+def test_a_full_disk_is_said_and_leaves_whole_rows(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    done = subprocess.run(
+        [sys.executable, "-c", FULL, str(path)], capture_output=True, text=True, check=True
+    )
+    assert "cannot be written: File too large" in done.stdout
+    assert done.stdout.endswith("1\n")
+    assert JsonLines(path, Answer).rows == [answer(0)]
+
+
+def test_one_process_at_a_time(tmp_path):
+    first = Folder(tmp_path, SETTINGS)
+    with pytest.raises(ConfigError, match="Another sweep is writing"):
+        Folder(tmp_path, SETTINGS)
+    first.close()
+    Folder(tmp_path, SETTINGS).close()
+
+
+def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.access", lambda *_: False)
+    with pytest.raises(ConfigError, match="cannot be written"):
+        check_folder(tmp_path / "new")
+    with pytest.raises(ConfigError, match="too long"):
+        check_folder(tmp_path / ("x" * 300))
+
+
+def test_a_folder_of_another_version_is_refused(tmp_path):
+    (tmp_path / "settings.json").write_text('{"model": "m"}')
+    with pytest.raises(ConfigError, match="another version"):
+        Folder(tmp_path, SETTINGS)
+
+
+def test_a_folder_in_place_of_a_file(tmp_path):
+    Folder(tmp_path, SETTINGS).close()
+    (tmp_path / "timings.jsonl").mkdir()
+    for _ in range(2):  # a folder that could not be opened is not locked
+        with pytest.raises(ConfigError, match="cannot be used"):
+            Folder(tmp_path, SETTINGS)

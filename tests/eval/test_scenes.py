@@ -7,7 +7,7 @@ import pytest
 
 from vtprune import ConfigError
 from vtprune.eval.scene_pixels import _digit_masks
-from vtprune.eval.scene_questions import TASKS, all_questions, vocabulary
+from vtprune.eval.scene_questions import KINDS, all_questions, vocabulary
 from vtprune.eval.scene_things import CELL, SIZE, Thing, beside, numbers
 from vtprune.eval.scenes import DENSE, LEVELS, make_scene, pick_question
 
@@ -83,7 +83,7 @@ def test_every_scene_allows_every_task(level, split):
     for seed in range(N):
         scene = make_scene(seed, split, level)
         assert scene.pixels.shape == (SIZE, SIZE, 3)
-        assert {q.task for q in scene.questions} == set(TASKS)
+        assert {q.kind for q in scene.questions} == set(KINDS)
         assert len({q.text for q in scene.questions}) == len(scene.questions)
         assert set(answers(scene.things).items()) == {(q.text, q.answer) for q in scene.questions}
 
@@ -140,13 +140,13 @@ SPLITS = ("train", "test")
 
 
 def test_tasks_take_turns_and_no_answer_dominates():
-    picked = [pick_question(make_scene(seed), seed) for seed in range(70 * len(TASKS))]
-    by_task = {task: Counter(q.answer for q in picked if q.task == task) for task in TASKS}
+    picked = [pick_question(make_scene(seed), seed) for seed in range(70 * len(KINDS))]
+    by_task = {task: Counter(q.answer for q in picked if q.kind == task) for task in KINDS}
     assert {sum(counts.values()) for counts in by_task.values()} == {70}
     best = {task: max(counts.values()) / 70 for task, counts in by_task.items()}
     assert best["presence"] == 0.5
     assert all(share < 0.45 for task, share in best.items() if task != "presence")
-    assert pick_question(make_scene(0), 0, "count").task == "count"
+    assert pick_question(make_scene(0), 0, "count").kind == "count"
 
 
 def test_every_word_is_in_the_vocabulary():
@@ -155,7 +155,7 @@ def test_every_word_is_in_the_vocabulary():
     for level in LEVELS:
         for question in make_scene(1, "test", level).questions:
             assert set(question.text.split()) <= words
-            assert set(question.answer if question.task == "number" else [question.answer]) <= words
+            assert set(question.answer if question.kind == "number" else [question.answer]) <= words
 
 
 @pytest.mark.parametrize(

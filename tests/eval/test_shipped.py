@@ -34,8 +34,8 @@ def test_a_shipped_name_is_a_folder_of_models(model_dir, tmp_path, monkeypatch):
     monkeypatch.setattr(shipped, "MODELS", tmp_path)
     path = shutil.copytree(model_dir, tmp_path / "mini-llava")
     seal(path)
-    model, _ = shipped.load()
-    assert shipped.fingerprint(model) == shipped.fingerprint(shipped.load(str(model_dir))[0])
+    found = shipped.load()
+    assert shipped.fingerprint(*found) == shipped.fingerprint(*shipped.load(str(model_dir)))
 
 
 def seal(path):
@@ -83,7 +83,9 @@ def test_an_unknown_name_gets_a_hint():
         shipped.load("mini-lava")
 
 
-@pytest.mark.parametrize("name", ["./nothing", "/no/such/dir", "a/b/c", "~/nothing-here"])
+@pytest.mark.parametrize(
+    "name", ["./nothing", "/no/such/dir", "a/b/c", "~/nothing-here", "~nobody/x"]
+)
 def test_a_path_that_is_no_directory(name):
     with pytest.raises(ConfigError, match="is no directory"):
         shipped.load(name)
@@ -112,9 +114,50 @@ def test_weights_that_lack_tensors_are_refused(copy):
         shipped.load(str(copy))
 
 
-def test_fingerprint_tells_weights_apart(loaded, model_dir):
-    model, _ = shipped.load(str(model_dir))
-    assert shipped.fingerprint(model) == shipped.fingerprint(loaded[0])
+def test_fingerprint_tells_models_apart(loaded, model_dir):
+    model, processor = shipped.load(str(model_dir))
+    whole = shipped.fingerprint(*loaded)
+    assert shipped.fingerprint(model, processor) == whole
+    processor.chat_template += " "
+    assert shipped.fingerprint(model, processor) != whole
+    processor.chat_template = loaded[1].chat_template
+    model.config.vision_feature_layer = -1
+    assert shipped.fingerprint(model, processor) != whole
+    model.config.vision_feature_layer = -2
     with torch.no_grad():
         model.lm_head.weight[0, 0] += 1
-    assert shipped.fingerprint(model) != shipped.fingerprint(loaded[0])
+    assert shipped.fingerprint(model, processor) != whole
+
+
+@pytest.mark.parametrize("text", ["", "\n", "0123  model.safetensors\n"])
+def test_sums_that_cover_nothing_are_refused(model_dir, tmp_path, monkeypatch, text):
+    monkeypatch.setattr(shipped, "MODELS", tmp_path)
+    path = shutil.copytree(model_dir, tmp_path / "mini-llava")
+    (path / shipped.SUMS).write_text(text)
+    with pytest.raises(ConfigError, match="is not the file that was shipped"):
+        shipped.verify("mini-llava")
+
+
+def test_a_summed_file_that_is_gone_is_named(model_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(shipped, "MODELS", tmp_path)
+    path = shutil.copytree(model_dir, tmp_path / "mini-llava")
+    seal(path)
+    (path / "chat_template.jinja").unlink()
+    with pytest.raises(ConfigError, match=r"lacks chat_template\.jinja"):
+        shipped.load()
+
+
+@pytest.mark.parametrize(("file", "text"), [("config.json", "[]"), ("processor_config.json", "[]")])
+def test_damaged_files_are_one_error(copy, file, text):
+    (copy / file).write_text(text)
+    with pytest.raises(ConfigError, match="cannot be loaded"):
+        shipped.load(str(copy))
+
+
+def test_devices_and_dtypes(model_dir):
+    model, _ = shipped.load(str(model_dir), dtype="bfloat16")
+    assert model.dtype == torch.bfloat16
+    with pytest.raises(ConfigError, match="dtype='half'"):
+        shipped.load(str(model_dir), dtype="half")
+    with pytest.raises(ConfigError, match="device='abacus' cannot be used"):
+        shipped.load(str(model_dir), device="abacus")

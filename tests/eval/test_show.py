@@ -140,5 +140,5 @@ def test_out_is_checked(tmp_path):
     check_out(tmp_path / "x.png")
     with pytest.raises(ConfigError, match="png"):
         check_out(tmp_path / "x.doc")
-    with pytest.raises(ConfigError, match="folder that exists"):
+    with pytest.raises(ConfigError, match="folder that can be written"):
         check_out(tmp_path / "none" / "x.png")

@@ -15,7 +15,9 @@ POINTS = points(["random", "visionzip"], ["25%", "1"])
 
 @pytest.fixture(scope="module")
 def settings(loaded):
-    return settings_of(loaded[0], "untrained", task=TASK, limit=LIMIT, batch_size=SIZE, seed=0)
+    model, processor = loaded
+    amount = {"limit": LIMIT, "batch_size": SIZE, "seed": 0}
+    return settings_of(model, processor, "untrained", task=TASK, **amount)
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +33,7 @@ def whole(run, settings, tmp_path_factory):
     steps = []
     run.run(folder, steps.append)
     assert sum(steps) == LIMIT * len(POINTS)
+    folder.close()
     return folder
 
 
@@ -137,7 +140,7 @@ def test_an_added_strategy_leaves_the_rest(whole, loaded, settings, tmp_path):
 def test_tasks_are_kept_apart(loaded, tmp_path):
     model, processor = loaded
     both = "scenes-easy,scenes-count"
-    settings = settings_of(model, "untrained", task=both, limit=2, batch_size=2, seed=0)
+    settings = settings_of(model, processor, "untrained", task=both, limit=2, batch_size=2, seed=0)
     folder = Folder(tmp_path, settings)
     Sweep(model, processor, points(["strided"], ["25%"]), settings).run(folder)
     found = [(row.task, row.sample, row.point.strategy) for row in folder.answers.rows]
@@ -150,19 +153,30 @@ def test_tasks_are_kept_apart(loaded, tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "answer"),
-    [("3 7 1", "371"), (" Yes, it is", "yes"), ("", ""), ("Red.", "red"), ("4 cats", "4")],
+    [("3 7 1", "371"), (" Yes, it is", "yes"), ("", ""), ("**Red**.", "red"), ("4 cats", "4")],
 )
 def test_answers_are_read(text, answer):
     assert answer_of(text) == answer
 
 
+def test_what_is_refused_is_left_out_when_asked(loaded, settings, tmp_path):
+    model, processor = loaded
+    both = points(["pyramiddrop", "fastv"], ["60%", "6.25%"])
+    with pytest.raises(ConfigError, match="out of reach of pyramiddrop"):
+        Sweep(model, processor, both, settings)
+    run = Sweep(model, processor, both, settings, lenient=True)
+    assert list(run.refused) == [Point("pyramiddrop", "6.25%")]
+    assert len(run.points) == len(both) - 1
+    folder = Folder(tmp_path, settings)
+    run.run(folder)
+    kept = {row.point: row.kept for row in folder.answers.rows}
+    assert kept[Point("fastv", "6.25%")] == round((256 + 11 * 16) / 12, 2)
+    assert abs(kept[Point("pyramiddrop", "60%")] - 0.6 * 256) < 2
+
+
 def test_random_draws_anew_for_each_batch_and_seed():
-    assert {seeded("random", *pair) for pair in ((0, 0), (0, 16), (1, 0))} == {
-        seeded("random", 0, 0),
-        seeded("random", 0, 16),
-        seeded("random", 1, 0),
-    }
-    assert seeded("random", 0, 0) != seeded("random", 0, 16) != seeded("random", 1, 0)
+    assert len({seeded("random", *pair) for pair in ((0, 0), (0, 16), (1, 0))}) == 3
+    assert seeded("random", 1, 0) == seeded("random", 1, 0)
     assert seeded("strided", 0, 0) == seeded("strided", 1, 16)
 
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from vtprune.eval import train_llava
 from vtprune.eval.mini_llava import GRID, PREFIX, build_model, build_processor
-from vtprune.eval.scene_questions import TASKS, Question
+from vtprune.eval.scene_questions import KINDS, Question
 from vtprune.eval.scene_things import NAMES, Thing
 from vtprune.eval.scenes import DENSE
 from vtprune.eval.train_attention import attention
@@ -72,18 +72,23 @@ def test_labels_are_the_words_that_follow():
     assert torch.equal(labels[:, :, :-1][asked], ids[:, :, 1:][asked])
     words = [processor.tokenizer.convert_ids_to_tokens(block) for block in ids[0].tolist()]
     assert all(":" in block and "</s>" in block for block in words)
-    number = words[batch.tasks[0].tolist().index(TASKS.index("number"))]
+    number = words[batch.kinds[0].tolist().index(KINDS.index("number"))]
     start = number.index(":") + 1
     assert all(word.isdigit() for word in number[start : number.index("</s>")])
     assert (labels[0] != IGNORE).sum(-1).min() >= 2  # every answer and its end
+    early = batch.early.reshape(2, N_BLOCKS, BLOCK)[0]
+    for block, labelled, told in zip(words, labels[0], early, strict=True):
+        assert set(told[told != IGNORE].tolist()) == {int(labelled[labelled != IGNORE][0])}
+        first = block[int((told != IGNORE).nonzero()[0])]
+        assert first in {*COLOR_NAMES, *NAMES, "digits", "shapes", "written"}
 
 
 def test_every_task_gets_its_share():
-    many = [Question(task, f"{task} {i}", "yes") for task in TASKS for i in range(9)]
-    chosen = [question.task for question in choose(many)]
+    many = [Question(task, f"{task} {i}", "yes") for task in KINDS for i in range(9)]
+    chosen = [question.kind for question in choose(many)]
     assert len(chosen) == N_BLOCKS
-    assert set(chosen) == set(TASKS)
-    assert chosen.count("presence") == 1  # never more "yes" than "no" could answer
+    assert set(chosen) == set(KINDS)
+    assert chosen.count("presence") == 2  # never more "yes" than "no" could answer
 
 
 def test_blocks_see_the_prefix_and_themselves():

@@ -17,7 +17,7 @@ BUDGETS = ("100%", "50%", "25%", "12.5%", "6.25%")
 
 @dataclass(frozen=True)
 class Point:
-    """One strategy at one budget; ``budget`` is the text the user gave."""
+    """One strategy at one budget; ``budget`` is text as ``spell`` writes it."""
 
     strategy: str
     budget: str
@@ -54,6 +54,11 @@ def parse_keep(text: str) -> int | float:
     return keep
 
 
+def spell(keep: int | float) -> str:
+    """Returns the one spelling of a budget: ``64`` for tokens, ``25%`` for a share."""
+    return str(keep) if isinstance(keep, int) else f"{100 * keep:.6g}%"
+
+
 def split(text: str) -> tuple[str, ...]:
     """Returns the entries of a comma-separated list, each once, in order."""
     return tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
@@ -83,7 +88,8 @@ def points(strategies: Sequence[str], budgets: Sequence[str]) -> list[Point]:
     """
     if not budgets:
         raise ConfigError(f"No budget was given. Give some, such as {','.join(BUDGETS)}.")
-    below = [text for text in budgets if Budget.of(parse_keep(text)).fraction != 1.0]
+    spelled = dict.fromkeys(spell(parse_keep(text)) for text in budgets)
+    below = [text for text in spelled if text != "100%"]
     return [
         CEILING,
         FLOOR,

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from vtprune.errors import ConfigError
 from vtprune.eval.budgets import CEILING, Point
-from vtprune.eval.results import Answer, JsonLines
+from vtprune.eval.rows import Answer, read_rows
 from vtprune.eval.stats import accuracy, paired_difference
 
 LARGEST = 14  # a matrix with more rows is replaced by a list
@@ -26,11 +26,14 @@ def card(rows: Sequence[Answer]) -> str:
     """Returns the tables of all ``rows``, one task's answers.
 
     Raises:
-        ConfigError: there are no unpruned answers.
+        ConfigError: rows of several tasks, no unpruned answers, or points of unequal length.
     """
+    tasks = sorted({row.task for row in rows})
+    if len(tasks) > 1:
+        raise ConfigError(f"The folder holds {', '.join(tasks)}; a card is about one task.")
     seen = [row for row in rows if row.point == CEILING]
-    if not seen:
-        raise ConfigError("The folder has no unpruned answers. Let the sweep finish first.")
+    if not seen or len(set(Counter(row.point for row in rows).values())) > 1:
+        raise ConfigError("The folder lacks answers. Let the sweep finish first.")
     kinds = list(dict.fromkeys(row.kind for row in sorted(seen, key=lambda row: row.sample)))
     parts = [accuracy_table(rows, kinds)]
     parts += [confusion(kind, [row for row in seen if row.kind == kind]) for kind in kinds]
@@ -91,7 +94,11 @@ def main() -> None:
     file = parser.parse_args().folder / "results.jsonl"
     if not file.exists():
         parser.error(f"{file} does not exist; run the sweep first")
-    print(card(JsonLines(file, Answer).rows))
+    rows, _ = read_rows(file.read_bytes(), Answer)
+    try:
+        print(card(rows))
+    except ConfigError as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

@@ -5,21 +5,24 @@ from __future__ import annotations
 import inspect
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
+from rich.text import Text
 from transformers.utils import logging
 from typer.core import TyperGroup
 
+from vtprune import __version__
 from vtprune.errors import VTPruneError
 from vtprune.eval import doctor as checking
 from vtprune.eval import samples, shipped
 from vtprune.eval import scenes as making
 from vtprune.eval import show as showing
-from vtprune.eval.budgets import BUDGETS, STRATEGIES, parse_keep, points, split
+from vtprune.eval.budgets import BUDGETS, STRATEGIES, Point, parse_keep, points, split
 from vtprune.eval.export import write_parquet
 from vtprune.eval.output import progress_bar, write_output
 from vtprune.eval.results import Folder, check_folder
@@ -47,8 +50,18 @@ app = typer.Typer(
 Model = Annotated[str, typer.Option(help="Shipped model, directory of a saved one, or hub id.")]
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
 @app.callback()
-def vtprune() -> None:
+def vtprune(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")
+    ] = False,
+) -> None:
     """Drop or merge the visual tokens that a vision-language model can do without."""
     logging.disable_progress_bar()
 
@@ -67,32 +80,52 @@ def sweep(
     limit: Annotated[int, typer.Option(min=1, help="Samples per task.")] = 300,
     batch_size: Annotated[int, typer.Option(min=1, help="Samples per batch.")] = 16,
     out: Annotated[Path, typer.Option(help="Folder for the results; resumed.")] = Path("sweep"),
-    seed: Annotated[int, typer.Option(min=0, help="Of strategies that draw at random.")] = 0,
+    seed: Annotated[
+        int, typer.Option(min=0, max=10**9, help="Of strategies that draw at random.")
+    ] = 0,
+    hint: Annotated[
+        str, typer.Option(help="Text after every question, such as 'Answer with one word.'")
+    ] = "",
+    device: Annotated[str, typer.Option(help="As torch names it.")] = "cpu",
+    dtype: Annotated[str, typer.Option(help=f"One of {', '.join(shipped.DTYPES)}.")] = "float32",
 ) -> None:
     """Accuracy against token budget on held-out samples: table, plot and files."""
     console = Console()
-    chosen = points(split(strategy), split(keep))
+    chosen: Sequence[Point] = points(split(strategy), split(keep))
     tasks = samples.find_tasks(split(task))
     check_folder(out)
-    loaded, processor = shipped.load(model)
-    names = ",".join(task.name for task in tasks)
-    settings = settings_of(loaded, model, task=names, limit=limit, batch_size=batch_size, seed=seed)
-    run = Sweep(loaded, processor, chosen, settings)
-    folder = Folder(out, settings)
-    for note in folder.damage:
-        console.print(f"[yellow]{escape(note)}[/yellow]", soft_wrap=True)
+    folder, stopped = None, None
     total = limit * len(chosen) * len(tasks)
     try:
+        loaded, processor = shipped.load(model, device, dtype)
+        names = ",".join(task.name for task in tasks)
+        name = model.rstrip("/") or model
+        amount = {"limit": limit, "batch_size": batch_size, "seed": seed}
+        settings = settings_of(loaded, processor, name, task=names, hint=hint, **amount)
+        everything = "all" in split(strategy)
+        run = Sweep(loaded, processor, chosen, settings, lenient=everything)
+        chosen, total = run.points, limit * len(run.points) * len(tasks)
+        folder = Folder(out, settings)
+        for note in [*run.refused.values(), *folder.damage]:
+            console.print(f"[yellow]{escape(note)}[/yellow]", soft_wrap=True)
         with progress_bar(console) as progress:
             bar = progress.add_task("answers", total=total)
             run.run(folder, lambda n: progress.advance(bar, n))
     except KeyboardInterrupt:
+        stopped = "Interrupted"
+    except BaseException:
+        if folder is not None:
+            folder.close()
+        raise
+    if stopped:
+        done = 0 if folder is None else count(folder, chosen)
+        message = f"{stopped}; {done} of {total} answers are in {out}. This resumes:"
+        console.print(Text(f"{message}\n{command(ctx)}"), soft_wrap=True)
+    if folder is not None:
         write_output(folder, chosen, console)
-        done = f"{len(folder.answers.rows)} of {total} answers are in {out}"
-        console.print(f"Interrupted; {escape(done)}. This resumes:", soft_wrap=True)
-        console.print(escape(command(ctx)), soft_wrap=True, highlight=False)
-        raise typer.Exit(130) from None
-    write_output(folder, chosen, console)
+        folder.close()
+    if stopped:
+        raise typer.Exit(130)
 
 
 @app.command()
@@ -155,6 +188,11 @@ def scenes(
 def doctor() -> None:
     """Versions, devices and backends, what is missing, and which extra brings it."""
     raise typer.Exit(int(checking.run()))
+
+
+def count(folder: Folder, chosen: Sequence[Point]) -> int:
+    """Returns how many answers of these points the folder holds."""
+    return sum(row.point in chosen for row in folder.answers.rows)
 
 
 def command(ctx: typer.Context) -> str:

@@ -14,7 +14,7 @@ from vtprune.eval import scenes
 from vtprune.eval._extras import need
 
 ROWS = 256  # per row group, and at most this many in memory
-TEXTS = ("task", "question", "answer")
+TEXTS = ("kind", "question", "answer", "level", "split")
 # What Hugging Face datasets reads from the schema, so that images arrive decoded.
 FEATURES = {
     "image": {"_type": "Image"},
@@ -29,9 +29,10 @@ def write_parquet(
     """Writes scenes ``first`` to ``first + n - 1``, one row each, with one question about it.
 
     Columns: ``image``, a struct of ``bytes`` (PNG, 128 x 128) and ``path`` (a file name);
-    ``index``, the number of the scene, int64; ``task``, the kind of question; ``question``;
-    ``answer``. Equal arguments and equal versions of pyarrow and pillow give equal bytes. The file
-    appears under its name when it is whole; until then it is ``<name>.partial``.
+    ``index``, the number of the scene, int64; ``kind`` of the ``question``, and its ``answer``;
+    ``level`` and ``split`` of the scene. Equal arguments and equal versions of pyarrow and pillow
+    give equal bytes. The file appears under its name when it is whole; until then it is
+    ``<name>.partial``.
 
     Raises:
         ConfigError: ``n``, ``first``, ``level`` or ``split`` is out of range, or ``path`` is not a
@@ -64,9 +65,11 @@ def _rows(first: int, end: int, level: str, split: str) -> Iterator[dict[str, An
         yield {
             "image": {"bytes": png.getvalue(), "path": f"{split}-{level}-{index}.png"},
             "index": index,
-            "task": asked.task,
+            "kind": asked.kind,
             "question": asked.text,
             "answer": asked.answer,
+            "level": level,
+            "split": split,
         }
 
 

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from vtprune.eval.budgets import Point, split
 from vtprune.eval.plots import plot
 from vtprune.eval.results import Folder, write_whole
-from vtprune.eval.stats import summarize
+from vtprune.eval.stats import Summary, summarize
 from vtprune.eval.tables import markdown, rich_table
 
 
@@ -28,28 +28,29 @@ def progress_bar(console: Console) -> Progress:
     )
 
 
-def write_output(folder: Folder, points: Sequence[Point], console: Console) -> None:
-    """Writes ``summary.json``, ``table.md`` and a plot per task, and prints the tables.
+def summaries_of(folder: Folder, first: Sequence[Point]) -> dict[str, list[Summary]]:
+    """Returns the summaries by task: the points ``first``, then others that the folder holds."""
+    points = list(dict.fromkeys([*first, *(row.point for row in folder.answers.rows)]))
+    found = {}
+    for task in split(folder.settings.task):
+        answers = [row for row in folder.answers.rows if row.task == task]
+        timings = [row for row in folder.timings.rows if row.task == task]
+        if answers:
+            found[task] = summarize(points, answers, timings)
+    return found
 
-    Tasks without an answer yet are left out.
-    """
-    settings = folder.settings
-    names = split(settings.task)
-    rows, tables = [], []
-    for name in names:
-        summaries = summarize(
-            points,
-            [row for row in folder.answers.rows if row.task == name],
-            [row for row in folder.timings.rows if row.task == name],
-        )
-        if not summaries:
-            continue
-        title = f"{settings.model}, {name}, {settings.limit} samples"
-        rows += [{"task": name, **asdict(summary)} for summary in summaries]
-        tables.append(markdown(summaries, title))
-        picture = "accuracy.png" if len(names) == 1 else f"accuracy-{name}.png"
-        plot(summaries, folder.path / picture, title)
-        console.print(rich_table(summaries, title))
+
+def write_output(folder: Folder, points: Sequence[Point], console: Console) -> None:
+    """Writes ``summary.json``, ``table.md`` and a plot per task, and prints the tables."""
+    found = summaries_of(folder, points)
+    rows = [{"task": task, **asdict(one)} for task, several in found.items() for one in several]
+    titles = {task: f"{folder.settings.model}, {task}" for task in found}
+    tables = [markdown(several, titles[task]) for task, several in found.items()]
     write_whole(folder.path / "summary.json", json.dumps(rows, indent=2) + "\n")
     write_whole(folder.path / "table.md", "\n".join(tables))
+    for task, several in found.items():
+        one_task = len(split(folder.settings.task)) == 1
+        picture = "accuracy.png" if one_task else f"accuracy-{task}.png"
+        plot(several, folder.path / picture, titles[task])
+        console.print(rich_table(several, titles[task]))
     console.print(f"Files: {escape(str(folder.path))}", soft_wrap=True)

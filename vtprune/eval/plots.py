@@ -74,6 +74,6 @@ def _axes(axes: Axes, kept: Sequence[float], title: str) -> None:
     axes.set_ylim(0, 102)
     axes.set_xlabel("visual tokens kept per image")
     axes.set_ylabel("right answers, % (bars: 95 % interval)")
-    axes.set_title(title)
+    axes.set_title(title, parse_math=False)
     axes.grid(alpha=0.25)
     axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)

@@ -13,7 +13,7 @@ from PIL import Image
 
 from vtprune.errors import ConfigError
 from vtprune.eval import scenes
-from vtprune.eval.scene_questions import TASKS as KINDS
+from vtprune.eval.scene_questions import KINDS
 from vtprune.registry import unknown
 
 DEFAULT = "scenes"
@@ -47,7 +47,7 @@ def load_scenes(task: str, level: str, kind: str | None, first: int, end: int) -
     for index in range(first, end):
         scene = scenes.make_scene(index, "test", level)
         asked = scenes.pick_question(scene, index, kind)
-        made.append(Sample(task, index, asked.task, scene.image, asked.text, asked.answer))
+        made.append(Sample(task, index, asked.kind, scene.image, asked.text, asked.answer))
     return made
 
 
@@ -84,15 +84,18 @@ def find_tasks(names: Sequence[str]) -> list[Task]:
 class Asker:
     """Turns questions into inputs of one model and its output into answers."""
 
-    def __init__(self, processor: Any) -> None:
-        """Raises ConfigError when the processor has no chat template."""
+    def __init__(self, processor: Any, hint: str = "") -> None:
+        """Raises ConfigError when the processor has no chat template.
+
+        ``hint`` comes after every question, such as "Answer with one word."
+        """
         if not getattr(processor, "chat_template", None):
             raise ConfigError(
                 f"The processor ({type(processor).__name__}) has no chat template, so questions "
                 "cannot be put as the model was trained. Add chat_template.jinja to its directory."
             )
         processor.tokenizer.padding_side = "left"
-        self.processor = processor
+        self.processor, self.hint = processor, hint
 
     def __call__(
         self, questions: Sequence[str], images: Sequence[Image.Image] | None
@@ -113,11 +116,12 @@ class Asker:
 
     def _prompt(self, question: str, with_image: bool) -> str:
         image = [{"type": "image"}] if with_image else []
-        message = {"role": "user", "content": [*image, {"type": "text", "text": question}]}
+        text = f"{question} {self.hint}".strip()
+        message = {"role": "user", "content": [*image, {"type": "text", "text": text}]}
         return self.processor.apply_chat_template([message], add_generation_prompt=True)
 
 
 def answer_of(text: str) -> str:
     """Returns the first word in lower case without punctuation; "3 7 1" is the number 371."""
     joined = re.sub(r"(?<=\d)\s+(?=\d)", "", text.lower())
-    return (joined.split() or [""])[0].strip(".,;:!?\"'")
+    return (re.findall(r"\w+", joined) or [""])[0]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from vtprune.eval.scene_things import COLORS, DIGITS, NAMES, SHAPES, SIDES, Thing, beside, numbers
 
-TASKS = ("read", "number", "shape", "color", "presence", "count", "relation")
+KINDS = ("read", "number", "shape", "color", "presence", "count", "relation")
 WORDS = (
     *("which", "digit", "number", "shape", "is", "what", "color", "the", "there", "a", "how"),
     *("many", "digits", "shapes", "written", "just", "left", "right", "of", "above", "below"),
@@ -19,7 +19,7 @@ WORDS = (
 class Question:
     """One question with its answer: a word, or the digits of a number without blanks."""
 
-    task: str
+    kind: str
     text: str
     answer: str
 
@@ -45,9 +45,9 @@ def vocabulary() -> list[str]:
 def _lookups(things: Sequence[Thing]) -> Iterator[Question]:
     for t in things:
         same_kind = [o for o in things if o.is_digit == t.is_digit]
-        task, noun = ("read", "digit") if t.is_digit else ("shape", "shape")
+        kind, noun = ("read", "digit") if t.is_digit else ("shape", "shape")
         if sum(o.color == t.color for o in same_kind) == 1:
-            yield Question(task, f"which {noun} is {t.color} ?", t.name)
+            yield Question(kind, f"which {noun} is {t.color} ?", t.name)
         if sum(o.name == t.name for o in things) == 1:
             yield Question("color", f"what color is the {t.name} ?", t.color)
 

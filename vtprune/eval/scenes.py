@@ -20,7 +20,7 @@ from PIL import Image
 
 from vtprune.errors import ConfigError
 from vtprune.eval.scene_pixels import render
-from vtprune.eval.scene_questions import TASKS, Question, all_questions
+from vtprune.eval.scene_questions import KINDS, Question, all_questions
 from vtprune.eval.scene_things import CELL, COLORS, DIGITS, N_CELLS, SHAPES, SIZE, Thing
 
 SPLITS = ("train", "test")
@@ -45,8 +45,8 @@ class Level:
 
     ``digits`` stand alone, ``numbers`` have ``length`` digits. Between any two of these and the
     ``shapes`` there are ``gap`` free cells, and each leaves its cell by up to ``jitter`` pixels.
-    ``own_color`` gives each a color that no other has. ``asks`` demands that every task can be
-    asked.
+    ``own_color`` gives each a color that no other has. ``asks`` demands that every kind of
+    question can be asked.
     """
 
     digits: tuple[int, int]
@@ -95,16 +95,18 @@ def make_scene(seed: int, split: str = "test", level: str | Level = "standard") 
     return Scene(render(things, rng, split, level.lines, level.noise), things, questions)
 
 
-def pick_question(scene: Scene, seed: int, task: str | None = None) -> Question:
-    """Returns one question of ``task``; without it the tasks take turns with ``seed``.
+def pick_question(scene: Scene, seed: int, kind: str | None = None) -> Question:
+    """Returns one question of ``kind``; without it the kinds take turns with ``seed``.
 
     So do "yes" and "no" of presence, of which a scene has one more often than the other.
     """
     rng = np.random.default_rng([len(SPLITS), seed])
-    task = TASKS[seed % len(TASKS)] if task is None else task
-    fitting = [q for q in scene.questions if q.task == task]
-    if task == "presence":
-        wanted = "yes" if seed // len(TASKS) % 2 == 0 else "no"
+    turn = seed
+    if kind is None:
+        kind, turn = KINDS[seed % len(KINDS)], seed // len(KINDS)
+    fitting = [q for q in scene.questions if q.kind == kind]
+    if kind == "presence":
+        wanted = "yes" if turn % 2 == 0 else "no"
         fitting = [q for q in fitting if q.answer == wanted]
     return fitting[int(rng.integers(len(fitting)))]
 
@@ -112,7 +114,7 @@ def pick_question(scene: Scene, seed: int, task: str | None = None) -> Question:
 def _layout(
     rng: np.random.Generator, level: Level
 ) -> tuple[tuple[Thing, ...], tuple[Question, ...]]:
-    """Draws things until they allow every task; the counts are drawn once, so they stay even."""
+    """Draws things until they allow every question; counts are drawn once, so they stay even."""
     n_digits, n_shapes, n_numbers = (
         int(rng.integers(low, high + 1))
         for low, high in (level.digits, level.shapes, level.numbers)
@@ -126,7 +128,7 @@ def _layout(
         ]
         things = _place(rng, groups, level)
         questions = all_questions(things)
-        if not level.asks or {q.task for q in questions} == set(TASKS):
+        if not level.asks or {q.kind for q in questions} == set(KINDS):
             return things, tuple(questions[i] for i in rng.permutation(len(questions)))
 
 

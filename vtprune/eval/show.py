@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -122,8 +123,8 @@ def check_out(path: Path) -> None:
         raise ConfigError(
             f"--out {path}: give a file name that ends in one of {', '.join(sorted(formats))}."
         )
-    if not path.parent.is_dir() or path.is_dir():
-        raise ConfigError(f"--out {path}: give a file in a folder that exists.")
+    if path.is_dir() or not os.access(path.parent, os.W_OK | os.X_OK):
+        raise ConfigError(f"--out {path}: give a file in a folder that can be written.")
 
 
 def normalize(question: str) -> str:
@@ -189,13 +190,18 @@ def draw(
     figure = Figure(figsize=(10, 5.5), dpi=120, layout="constrained")
     left, right = figure.subplots(1, 2)
     left.imshow(seen)
-    left.set_title(f"all {shown.tokens} visual tokens: {shown.unpruned or NOTHING}")
+    left.set_title(
+        f"all {shown.tokens} visual tokens: {shown.unpruned or NOTHING}", parse_math=False
+    )
     right.imshow(seen * light)
     right.add_collection(LineCollection(frames(bright, seen.shape[:2]), colors="w", linewidths=0.8))
-    right.set_title(f"{strategy}, {shown.kept} of {shown.tokens} kept: {shown.answer or NOTHING}")
+    right.set_title(
+        f"{strategy}, {shown.kept} of {shown.tokens} kept: {shown.answer or NOTHING}",
+        parse_math=False,
+    )
     for axes in (left, right):
         axes.set_axis_off()
-    figure.suptitle(shown.question, fontsize=14)
+    figure.suptitle(shown.question, fontsize=14, parse_math=False)
     figure.savefig(out)
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from vtprune.eval._extras import need
 from vtprune.eval.budgets import CEILING, Point
-from vtprune.eval.results import Answer, Timing
+from vtprune.eval.rows import Answer, Timing
 
 Z95 = 1.959963984540054
 

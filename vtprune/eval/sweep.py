@@ -7,7 +7,7 @@ run has all of them on the samples so far.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import cached_property
 from importlib.metadata import version
 from typing import Any
@@ -19,12 +19,17 @@ from transformers import PreTrainedModel
 import vtprune
 from vtprune.engine.plan import wrap
 from vtprune.engine.wrap import Handle
+from vtprune.errors import VTPruneError
 from vtprune.eval.budgets import CEILING, FLOOR, Point, parse_keep, split
-from vtprune.eval.results import Answer, Folder, Settings, Timing
+from vtprune.eval.results import Folder, Settings
+from vtprune.eval.rows import Answer, Timing
 from vtprune.eval.samples import MAX_NEW_TOKENS, Asker, Sample, find_tasks
 from vtprune.eval.shipped import fingerprint
 from vtprune.registry import build, strategy_class
 from vtprune.types import Strategy
+
+# What answers depend on besides this package; pillow and torchvision make the pixels.
+PACKAGES = ("torch", "transformers", "pillow", "torchvision", "numpy")
 
 
 class Batch:
@@ -55,23 +60,35 @@ class Sweep:
         processor: Any,
         points: Sequence[Point],
         settings: Settings,
+        *,
+        lenient: bool = False,
     ) -> None:
         """Checks every point against the model, before anything is run.
+
+        With ``lenient`` a point that the model or its strategy refuses is left out, and ``refused``
+        says why.
 
         Raises:
             VTPruneError: a task is unknown, a strategy does not fit the model, or a budget exceeds
                 its tokens.
         """
-        self.model, self.points, self.settings = model, tuple(points), settings
+        self.model, self.settings = model, settings
         self.tasks = find_tasks(split(settings.task))
-        self.ask = Asker(processor)
-        for point in self.points:
-            if point not in (CEILING, FLOOR):
-                self._wrap(point, 0).remove()
+        self.ask = Asker(processor, settings.hint)
+        self.refused: dict[Point, str] = {}
+        for point in points:
+            try:
+                if point not in (CEILING, FLOOR):
+                    self._wrap(point, 0).remove()
+            except VTPruneError as error:
+                if not lenient:
+                    raise
+                self.refused[point] = str(error)
+        self.points = tuple(point for point in points if point not in self.refused)
 
     def run(self, folder: Folder, advance: Callable[[int], None] = lambda n: None) -> None:
         """Measures what ``folder`` lacks; ``advance`` is told the rows done, old ones too."""
-        done, timed = folder.done(), folder.timed()
+        done, timed, cold = folder.done(), folder.timed(), True
         size, limit = self.settings.batch_size, self.settings.limit
         for task in self.tasks:
             for first in range(0, limit, size):
@@ -86,40 +103,46 @@ class Sweep:
                 if todo:
                     # Always the whole batch, so that a resumed run repeats the same arithmetic.
                     batch = Batch(task.load(first, end), self.ask, self.model.device)
-                    self._measure_all(todo, batch, folder, done, advance)
+                    if cold:  # the first call pays for what is set up once
+                        self._generate(batch.seeing)
+                        cold = False
+                    for point in todo:
+                        self._write(point, batch, folder, done[task.name, point], timed)
+                        advance(len(batch.samples))
 
-    def _measure_all(
+    def _write(
         self,
-        todo: Sequence[Point],
+        point: Point,
         batch: Batch,
         folder: Folder,
-        done: Mapping[tuple[str, Point], set[int]],
-        advance: Callable[[int], None],
+        old: Collection[int],
+        timed: Collection[tuple[str, Point, int]],
     ) -> None:
-        """Measures the points on a batch; writes the answers that are new, and the time."""
+        """Measures a point on a batch; writes the answers and the time that are not there yet."""
+        rows, ms = self.measure(point, batch)
+        new = [row for row in rows if row.sample not in old]
+        if new:
+            folder.answers.append(new)
         first = batch.samples[0]
-        for point in todo:
-            rows, ms = self.measure(point, batch)
-            old = done[first.task, point]
-            folder.answers.append([row for row in rows if row.sample not in old])
-            timing = Timing(first.task, point.strategy, point.budget, first.index, len(rows), ms)
-            folder.timings.append([timing])
-            advance(len(rows))
+        if (first.task, point, first.index) not in timed:
+            marks = (first.task, point.strategy, point.budget, first.index)
+            folder.timings.append([Timing(*marks, len(rows), ms)])
 
     def measure(self, point: Point, batch: Batch) -> tuple[list[Answer], float]:
         """Returns the answers of one point, and the milliseconds that ``generate`` took."""
         if point == FLOOR:
             words, ms = self._generate(batch.blind)
-            counts = [(0, 0)] * len(words)
+            counts = [(0, 0.0)] * len(words)
         elif point == CEILING:
             words, ms = self._generate(batch.seeing)
             placeholder = self.model.config.image_token_id
             tokens = (batch.seeing["input_ids"] == placeholder).sum(dim=1).tolist()
-            counts = [(n, n) for n in tokens]
+            counts = [(n, float(n)) for n in tokens]
         else:
             with self._wrap(point, batch.samples[0].index) as handle:
                 words, ms = self._generate(batch.seeing)
-                counts = [(image.tokens, image.kept) for image in handle.report().images]
+                report = handle.report()
+                counts = [report.of_sample(row) for row in range(len(words))]
         rows = [
             _answer(sample, point, word, *count)
             for sample, word, count in zip(batch.samples, words, counts, strict=True)
@@ -148,16 +171,40 @@ def seeded(name: str, seed: int, first: int) -> Strategy:
 
 
 def settings_of(
-    model: PreTrainedModel, name: str, *, task: str, limit: int, batch_size: int, seed: int
+    model: PreTrainedModel,
+    processor: Any,
+    name: str,
+    *,
+    task: str,
+    limit: int,
+    batch_size: int,
+    seed: int,
+    hint: str = "",
 ) -> Settings:
-    """Returns the settings of a sweep of this model; ``task`` is one name or some with commas."""
-    versions = " ".join(f"{name} {version(name)}" for name in ("torch", "transformers"))
-    device = str(model.device)
-    marks = (MAX_NEW_TOKENS, device, f"vtprune {vtprune.__version__} {versions}")
-    return Settings(name, fingerprint(model), task, limit, batch_size, seed, *marks)
+    """Returns the settings of a sweep of this model.
+
+    Args:
+        name: what the model is called in tables.
+        task: one name, or some with commas.
+        limit: samples per task.
+        hint: text after every question.
+    """
+    versions = [f"{package} {version(package)}" for package in PACKAGES]
+    return Settings(
+        name,
+        fingerprint(model, processor),
+        task,
+        hint,
+        limit,
+        batch_size,
+        seed,
+        MAX_NEW_TOKENS,
+        f"{model.device} {model.dtype}",
+        ", ".join([f"vtprune {vtprune.__version__}", *versions]),
+    )
 
 
-def _answer(sample: Sample, point: Point, word: str, tokens: int, kept: int) -> Answer:
+def _answer(sample: Sample, point: Point, word: str, tokens: int, kept: float) -> Answer:
     return Answer(
         sample.task,
         sample.index,
@@ -169,5 +216,5 @@ def _answer(sample: Sample, point: Point, word: str, tokens: int, kept: int) -> 
         word,
         word == sample.expected,
         tokens,
-        kept,
+        round(kept, 2),
     )

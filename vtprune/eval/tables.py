@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from rich import box
 from rich.table import Table
+from rich.text import Text
 
 from vtprune.eval.budgets import BLIND, UNPRUNED
 from vtprune.eval.stats import Interval, Summary
@@ -42,7 +43,9 @@ def cells(summary: Summary) -> tuple[str, ...]:
 
 def rich_table(summaries: Sequence[Summary], title: str) -> Table:
     """Returns the table for the terminal, 80 columns wide, with a gap between strategies."""
-    table = Table(title=title, caption=CAPTION, caption_justify="left", box=box.SIMPLE, padding=0)
+    table = Table(
+        title=Text(title), caption=CAPTION, caption_justify="left", box=box.SIMPLE, padding=0
+    )
     for i, name in enumerate(COLUMNS):
         table.add_column(name, justify="left" if i == 0 else "right", no_wrap=True)
     for i, summary in enumerate(summaries):

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
-NAME = "vtprune_cpu_training"
+NAME = "vtprune_training"
 CHUNK = 8  # heads at a time, so that their N x N matrices stay in the cache
 
 
@@ -60,17 +60,24 @@ def attention(
 ) -> tuple[Tensor, None]:
     """Attends ``[B, H, S, D]`` by ``[B, H_kv, S, D]``; a mask is ``[1, 1, S, S]``, True = visible.
 
-    Without a mask every row sees all.
+    Without a mask every row sees all. A module that is ``watch``ed keeps its queries and keys.
     """
     groups = getattr(module, "num_key_value_groups", 1)
     if groups > 1:
         key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))
+    if getattr(module, "watched", False):
+        module.seen = query, key
     out = _Attention.apply(query, key, value, attention_mask)
     return out.transpose(1, 2).contiguous(), None
 
 
+def watch(module: Any) -> None:
+    """Makes an attention module keep the queries and keys of its last call as ``seen``."""
+    module.watched = True
+
+
 def use(model: Any) -> None:
-    """Makes ``model`` attend with this; for training on a CPU only."""
+    """Makes ``model`` attend with this; for training only."""
     AttentionInterface.register(NAME, attention)
     AttentionMaskInterface.register(NAME, sdpa_mask)
     model.set_attn_implementation(NAME)

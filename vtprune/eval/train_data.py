@@ -13,7 +13,7 @@ from transformers import LlavaProcessor
 
 from vtprune.eval import scenes
 from vtprune.eval.mini_llava import GRID, PATCH
-from vtprune.eval.scene_questions import TASKS, Question
+from vtprune.eval.scene_questions import KINDS, Question
 from vtprune.eval.scene_things import CELL, COLORS, NAMES, SIDES, Thing, beside, numbers
 
 IGNORE = -100
@@ -21,8 +21,8 @@ N_BLOCKS, BLOCK = 16, 13  # questions per image; words per question block at mos
 LONGEST = 4  # digits of a number whose places are told apart
 MOST = 9  # things that are counted
 COLOR_NAMES = tuple(COLORS)
-# How many questions of each task an image is asked before any task is asked more.
-SHARES = {"number": 1, "count": 2, "relation": 4, "read": 3, "shape": 2, "presence": 2, "color": 2}
+# How many questions of each kind an image is asked before any is asked more.
+SHARES = {"number": 1, "count": 1, "relation": 3, "read": 2, "shape": 2, "presence": 4, "color": 3}
 
 
 @dataclass
@@ -32,7 +32,8 @@ class Batch:
     ``pixels`` ``[B, 3, 128, 128]``; per patch ``[B, N]``: ``thing`` (0 = background), ``color``,
     ``place`` in a number (0 = in none); ``sides`` ``[B, 4, N]``: what is beside (0 = nothing);
     ``present`` ``[B, C]``; ``counts`` ``[B, 2]``: digits, shapes; ``ids``, ``labels``
-    ``[B, N_BLOCKS * BLOCK]``; ``tasks`` ``[B, N_BLOCKS]``.
+    ``[B, N_BLOCKS * BLOCK]``, and ``early``, the answer's first word from the question's last
+    telling word on; ``kinds`` ``[B, N_BLOCKS]``.
     """
 
     pixels: Tensor
@@ -44,7 +45,8 @@ class Batch:
     counts: Tensor
     ids: Tensor
     labels: Tensor
-    tasks: Tensor
+    early: Tensor
+    kinds: Tensor
 
     def to(self, device: torch.device) -> Batch:
         return Batch(**{name: value.to(device) for name, value in vars(self).items()})
@@ -115,7 +117,8 @@ class Writer:
         pixels = torch.from_numpy(np.stack([s.pixels for s in made])).permute(0, 3, 1, 2)
         patches = torch.from_numpy(np.stack([patch_targets(s.things) for s in made]))
         image = [image_targets(s.things) for s in made]
-        ids, labels, tasks = zip(*(self._questions(s) for s in made), strict=True)
+        asked = [self._questions(s) for s in made]
+        blocks = torch.tensor([rows for rows, _ in asked]).flatten(2)  # [B, 3, ...]
         return Batch(
             pixels.float() / 127.5 - 1,
             patches[:, 0],
@@ -124,47 +127,50 @@ class Writer:
             patches[:, 3:],
             torch.from_numpy(np.stack([present for present, _ in image])),
             torch.tensor([counts for _, counts in image]),
-            torch.tensor(ids),
-            torch.tensor(labels),
-            torch.tensor(tasks),
+            blocks[:, 0],
+            blocks[:, 1],
+            blocks[:, 2],
+            torch.tensor([kinds for _, kinds in asked]),
         )
 
-    def _questions(self, scene: scenes.Scene) -> tuple[list[int], list[int], list[int]]:
-        ids, labels, tasks = [], [], []
-        for question in choose(scene.questions):
-            block = self._block(question)
-            ids, labels = ids + block[0], labels + block[1]
-            tasks.append(TASKS.index(question.task))
-        lacking = N_BLOCKS - len(tasks)
-        return (
-            ids + [0] * (lacking * BLOCK),
-            labels + [IGNORE] * (lacking * BLOCK),
-            tasks + [IGNORE] * lacking,
-        )
+    def _questions(self, scene: scenes.Scene) -> tuple[list[list[list[int]]], list[int]]:
+        """Ids, labels and early labels ``[3, N_BLOCKS, BLOCK]``; kinds ``[N_BLOCKS]``."""
+        chosen = choose(scene.questions)
+        lacking = N_BLOCKS - len(chosen)
+        blocks = [self._block(question) for question in chosen]
+        blocks += [[[0] * BLOCK, [IGNORE] * BLOCK, [IGNORE] * BLOCK]] * lacking
+        kinds = [KINDS.index(question.kind) for question in chosen] + [IGNORE] * lacking
+        return [list(rows) for rows in zip(*blocks, strict=True)], kinds
 
-    def _block(self, question: Question) -> tuple[list[int], list[int]]:
-        """Ids and labels of one question; a label is the id that follows."""
+    def _block(self, question: Question) -> list[list[int]]:
+        """Ids, labels and early labels of one question; a label is the id that follows."""
+        words = question.text.split()
+        telling = len(words) - (3 if words[-2] == "one" else 2)  # "red" of "the red one ?"
         asked = self.tokenizer(question.text + " assistant :")["input_ids"]
         answer = self.tokenizer(question.answer + " </s>")["input_ids"]
         ids = asked + answer
         labels = [IGNORE] * (len(asked) - 1) + answer + [IGNORE]
-        pad = BLOCK - len(ids)
-        return ids + [0] * pad, labels + [IGNORE] * pad
+        early = [IGNORE] * telling + answer[:1] * (len(asked) - 1 - telling)
+        return [
+            ids + [0] * (BLOCK - len(ids)),
+            labels + [IGNORE] * (BLOCK - len(labels)),
+            early + [IGNORE] * (BLOCK - len(early)),
+        ]
 
 
 def choose(questions: Sequence[Question]) -> list[Question]:
-    """Returns up to ``N_BLOCKS`` questions: the share of each task first, then the rest."""
+    """Returns up to ``N_BLOCKS`` questions: the share of each kind first, then the rest."""
     first, rest = [], []
     left = dict(SHARES)
-    answers_left = {"yes": 1, "no": 1}  # of presence, as many of each
+    answers_left = {"yes": 2, "no": 2}  # of presence, as many of each
     for question in questions:
-        task, answer = question.task, question.answer
-        if left[task] and (task != "presence" or answers_left[answer]):
+        kind, answer = question.kind, question.answer
+        if left[kind] and (kind != "presence" or answers_left[answer]):
             first.append(question)
-            left[task] -= 1
-            if task == "presence":
+            left[kind] -= 1
+            if kind == "presence":
                 answers_left[answer] -= 1
-        elif task != "presence":
+        elif kind != "presence":
             rest.append(question)
     return [*first, *rest][:N_BLOCKS]
 

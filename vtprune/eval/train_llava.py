@@ -30,7 +30,15 @@ from transformers import LlavaForConditionalGeneration
 from vtprune.eval import scenes, train_attention
 from vtprune.eval.mini_llava import build_model, build_processor
 from vtprune.eval.train_data import Batch, Writer
-from vtprune.eval.train_losses import Heads, Words, answering_loss, see, seeing_loss, sum_losses
+from vtprune.eval.train_losses import (
+    Heads,
+    Words,
+    answering_loss,
+    lookup,
+    see,
+    seeing_loss,
+    sum_losses,
+)
 
 MIXED = ("standard", "hard", "standard", "easy")
 
@@ -51,8 +59,8 @@ class Stage:
 STAGES = (
     Stage("dense", 1200, 1.5e-3, ("tower",), (scenes.DENSE,)),
     Stage("sparse", 900, 1e-3, ("tower",)),
-    Stage("answer", 3600, 1.2e-3, ("llm",), batch=8),
-    Stage("joint", 3600, 5e-4, ("tower", "llm"), batch=8, tower_lr=0.3),
+    Stage("answer", 4800, 1.2e-3, ("llm",), batch=8),
+    Stage("joint", 1600, 5e-4, ("tower", "llm"), batch=8, tower_lr=0.3),
 )
 
 
@@ -73,8 +81,8 @@ class Trainer:
         self.model = cast(LlavaForConditionalGeneration, nn.Module.to(build_model(), device))
         self.heads = Heads().to(device)
         self.words = Words.of(self.processor.tokenizer, device)
-        if device.type == "cpu":
-            train_attention.use(self.model)
+        train_attention.use(self.model)
+        train_attention.watch(lookup(self.model))
         self.stage, self.step, self.optimizer_state = 0, 0, None
         out.mkdir(parents=True, exist_ok=True)
         if (out / "checkpoint.pt").exists():

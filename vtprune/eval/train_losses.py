@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import LlavaForConditionalGeneration
 
 from vtprune.eval.mini_llava import PREFIX, WIDTH
-from vtprune.eval.scene_questions import TASKS
+from vtprune.eval.scene_questions import KINDS
 from vtprune.eval.scene_things import DIGITS, NAMES, SIDES
 from vtprune.eval.train_data import BLOCK, COLOR_NAMES, IGNORE, LONGEST, MOST, N_BLOCKS, Batch
 
@@ -96,7 +96,7 @@ def packed_mask(prefix: int, device: torch.device) -> tuple[Tensor, Tensor]:
 def answering_loss(
     model: LlavaForConditionalGeneration, features: Tensor, batch: Batch, words: Words
 ) -> dict[str, Tensor]:
-    """Cross-entropy of the answers and their ends, and the share of right answers per task."""
+    """Cross-entropy of the answers and their ends, and the share of right answers per kind."""
     embed = cast(nn.Embedding, model.get_input_embeddings())
     image = model.model.multi_modal_projector(features)
     head = embed(words.prefix).expand(len(image), -1, -1).to(image.dtype)
@@ -112,16 +112,59 @@ def answering_loss(
     wrong[asked] = logits.argmax(-1) != batch.labels[asked]
     right = ~wrong.unflatten(1, (N_BLOCKS, BLOCK)).any(-1)
     shares = {
-        f"answer_{task}_acc": right[batch.tasks == i].float().mean() for i, task in enumerate(TASKS)
+        f"answer_{kind}_acc": right[batch.kinds == i].float().mean() for i, kind in enumerate(KINDS)
     }
     names = _naming_loss(image, embed.weight[words.names], batch.thing - 1)
     colors = _naming_loss(image, embed.weight[words.colors], batch.color)
     return {
         "answer": F.cross_entropy(logits, batch.labels[asked]),
         "naming": 0.1 * (names + colors),
-        "answer_acc": right[batch.tasks != IGNORE].float().mean(),
+        "looking": 0.3 * _looking_loss(model, batch, words),
+        "early": 0.5 * _early_loss(model, out, batch),
+        "answer_acc": right[batch.kinds != IGNORE].float().mean(),
         **shares,
     }
+
+
+def _early_loss(model: LlavaForConditionalGeneration, out: Tensor, batch: Batch) -> Tensor:
+    """Asks for the answer at the question's own words too, ``out`` ``[B, S, D]``.
+
+    So the word "red" itself learns to look at what is red, which is one step of attention instead
+    of two. Without it the model answered with any digit in the image.
+    """
+    told = batch.early != IGNORE
+    return F.cross_entropy(model.lm_head(out[told]).float(), batch.early[told])
+
+
+def lookup(model: LlavaForConditionalGeneration) -> Any:
+    """Returns the attention whose first head is taught to find what a word names."""
+    return model.model.language_model.layers[3].self_attn
+
+
+def _looking_loss(model: LlavaForConditionalGeneration, batch: Batch, words: Words) -> Tensor:
+    """Teaches one head to look from a color to what has it, and from a name to what bears it.
+
+    Left to itself the model learnt to look up names, but never colors: it answered with any digit
+    in the image.
+    """
+    queries, keys = lookup(model).seen  # [B, H, S, d]
+    n_words, n_patches = words.prefix.shape[1], batch.thing.shape[1]
+    ids = batch.ids.masked_fill(batch.early == IGNORE, -1)[:, :, None]
+    named = ids == words.names  # [B, T, C]
+    colored = ids == words.colors
+    thing = F.one_hot(batch.thing.clamp(min=0), 1 + len(NAMES))[..., 1:].float()
+    color = F.one_hot(batch.color.clamp(min=0), len(COLOR_NAMES)).float()
+    color = color * (batch.color >= 0)[..., None]
+    wanted = named.float() @ thing.mT + colored.float() @ color.mT  # [B, T, N]
+    asked = wanted.sum(-1) > 0
+    image, place = asked.nonzero().unbind(1)
+    first = n_words + n_patches
+    rows, every = queries[:, 0, first:].float()[asked], keys[:, 0].float()[image]
+    hidden = ~packed_mask(first, ids.device)[0][0, 0, first + place]
+    logits = (rows[:, None] * every).sum(-1) * rows.shape[-1] ** -0.5
+    logits = logits.masked_fill(hidden, -float("inf"))
+    right = logits[:, n_words:first].masked_fill(wanted[asked] == 0, -float("inf"))
+    return (logits.logsumexp(-1) - right.logsumexp(-1)).mean()
 
 
 def _naming_loss(image: Tensor, words: Tensor, target: Tensor) -> Tensor:
