@@ -10,6 +10,7 @@ import torch
 
 import vtprune
 from tests import tiny
+from tests.engine.test_generation import OLD, one_image_each
 from vtprune import ConfigError, UnsupportedError
 from vtprune.registry import build, strategy_class, strategy_names
 from vtprune.types import (
@@ -221,7 +222,7 @@ def test_a_decode_loop_by_hand(name, policy):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_beams_and_several_sequences(name):
-    model, inputs = tiny.build(), tiny.ragged()
+    model, inputs = tiny.build(), one_image_each() if OLD else tiny.ragged()
     first = {
         "input_ids": inputs["input_ids"][1:],
         "attention_mask": inputs["attention_mask"][1:],
