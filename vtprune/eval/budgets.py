@@ -11,7 +11,7 @@ from vtprune.registry import strategy_class, strategy_names
 from vtprune.types import Budget
 
 UNPRUNED, BLIND = "unpruned", "blind"
-STRATEGIES = ("random", "strided", "fastervlm", "vtc_cls", "divprune", "visionzip")
+STRATEGIES = ("random", "strided", "fastervlm", "vtc_cls", "divprune", "visionzip", "fastv")
 BUDGETS = ("100%", "50%", "25%", "12.5%", "6.25%")
 
 

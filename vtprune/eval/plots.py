@@ -7,7 +7,7 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from vtprune.eval.budgets import BLIND, UNPRUNED
 from vtprune.eval.stats import Summary
@@ -30,7 +30,7 @@ def plot(summaries: Sequence[Summary], path: Path, title: str) -> None:
         _line(axes, name, sorted(line, key=lambda s: s.kept), styles[name], i - len(names) / 2)
     _level(axes, whole, "unpruned", "black")
     _level(axes, [s for s in summaries if s.strategy == BLIND], "blind (no image)", "firebrick")
-    _axes(axes, [s.kept for s in summaries if s.kept], title)
+    _axes(axes, title)
     figure.savefig(path)
 
 
@@ -65,14 +65,13 @@ def _level(axes: Axes, summaries: Sequence[Summary], name: str, color: str) -> N
         axes.axhspan(low, high, color=color, alpha=0.07, linewidth=0)
 
 
-def _axes(axes: Axes, kept: Sequence[float], title: str) -> None:
-    ticks = sorted(set(kept))
+def _axes(axes: Axes, title: str) -> None:
     axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_locator(FixedLocator(ticks))
+    axes.xaxis.set_major_locator(LogLocator(base=2, numticks=20))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.set_ylim(0, 102)
-    axes.set_xlabel("visual tokens kept per image")
+    axes.set_xlabel("visual tokens that enter a layer of the language model")
     axes.set_ylabel("right answers, % (bars: 95 % interval)")
     axes.set_title(title, parse_math=False)
     axes.grid(alpha=0.25)
