@@ -16,8 +16,9 @@ POINTS = points(["random", "visionzip"], ["25%", "1"])
 @pytest.fixture(scope="module")
 def settings(loaded):
     model, processor = loaded
-    amount = {"limit": LIMIT, "batch_size": SIZE, "seed": 0}
-    return settings_of(model, processor, "untrained", task=TASK, **amount)
+    return settings_of(
+        model, processor, "untrained", task=TASK, limit=LIMIT, batch_size=SIZE, seed=0
+    )
 
 
 @pytest.fixture(scope="module")

@@ -100,8 +100,16 @@ def sweep(
         loaded, processor = shipped.load(model, device, dtype)
         names = ",".join(task.name for task in tasks)
         name = model.rstrip("/") or model
-        amount = {"limit": limit, "batch_size": batch_size, "seed": seed}
-        settings = settings_of(loaded, processor, name, task=names, hint=hint, **amount)
+        settings = settings_of(
+            loaded,
+            processor,
+            name,
+            task=names,
+            limit=limit,
+            batch_size=batch_size,
+            seed=seed,
+            hint=hint,
+        )
         everything = "all" in split(strategy)
         run = Sweep(loaded, processor, chosen, settings, lenient=everything)
         chosen, total = run.points, limit * len(run.points) * len(tasks)
