@@ -36,7 +36,7 @@ def model():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"strategy": "fast-v"}, "Unknown strategy 'fast-v'. Did you mean 'fastervlm'"),
+        ({"strategy": "fastvlm"}, "Unknown strategy 'fastvlm'. Did you mean 'fastervlm'"),
         ({"strategy": 3}, "neither a name nor a Strategy"),
         ({"strategy": []}, "names none"),
         ({"strategy": "random", "sede": 1}, "Unknown option of random 'sede'. Did you mean 'seed'"),
