@@ -7,7 +7,7 @@ import re
 import sys
 from pathlib import Path
 
-from vtprune.registry import adapter_classes, strategy_class, strategy_names
+from vtprune.registry import family_notes, strategy_class, strategy_names
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 
@@ -25,10 +25,23 @@ def test_every_strategy_is_listed():
     assert not missing, "Put into the README's methods table:\n" + "\n".join(missing)
 
 
-def test_every_model_class_is_listed():
-    served = [name for adapter in adapter_classes() for name in adapter.classes]
-    assert served
-    assert [name for name in served if f"`{name}`" not in README] == []
+def model_rows() -> list[str]:
+    """The rows of the models table, from the adapters."""
+    rows: dict[type, list[str]] = {}
+    for name, (adapter, _) in family_notes().items():
+        rows.setdefault(adapter, []).append(f"`{name}`")
+    notes = {adapter: note for adapter, note in family_notes().values()}
+    return [
+        f"| {adapter.title} | {', '.join(names)} | {adapter.towers} | {adapter.takes} "
+        f"| {notes[adapter]} |"
+        for adapter, names in rows.items()
+    ]
+
+
+def test_every_family_is_listed():
+    missing = [row for row in model_rows() if row not in README]
+    assert model_rows()
+    assert not missing, "Put into the README's models table:\n" + "\n".join(missing)
 
 
 def test_the_commands_exist():

@@ -52,7 +52,10 @@ class Received(TowerNeed):
 
 
 class Keys(TowerNeed):
-    """Mean over heads of the keys of each patch. ``[B, N, d]`` float32."""
+    """Mean over heads of the keys of each patch, as attention uses them. ``[B, N, d]`` float32.
+
+    That is after a norm or a rotary embedding of the tower.
+    """
 
 
 @dataclass(frozen=True)
@@ -69,8 +72,13 @@ class Facts:
         feature_block: 0-based block whose output is projected.
         has_cls: whether the tower has a CLS token (index 0 of its sequence).
         signals: the kinds of needs that the adapter can give.
-        decoder_layers: number of layers of the language model; 0 = stages cannot act inside it.
         n_tokens: visual tokens of every image, or None where they depend on the image.
+        decoder_layers: number of layers of the language model; 0 = stages cannot act inside it.
+        first_stage: lowest layer of the language model before which tokens may leave.
+        full_blocks: blocks whose attention spans the whole image or frame, None = all. The others
+            see windows and give no signal.
+        in_tower: whether tokens can be reduced inside the tower: a visual token is one patch.
+        mrope: whether position ids have several axes, so that renumbering makes no sense.
         family: name used in messages.
     """
 
@@ -80,6 +88,10 @@ class Facts:
     signals: frozenset[type]
     n_tokens: int | None = None
     decoder_layers: int = 0
+    first_stage: int = 1
+    full_blocks: tuple[int, ...] | None = None
+    in_tower: bool = True
+    mrope: bool = False
     family: str = "this model"
 
     @staticmethod
@@ -94,7 +106,14 @@ class Facts:
 
     def scale_decoder(self, layer: int, depth: int) -> int:
         """Maps layer ``layer`` > 0 of a language model with ``depth`` layers to this one."""
-        return max(1, min(round(layer * self.decoder_layers / depth), self.decoder_layers - 1))
+        scaled = round(layer * self.decoder_layers / depth)
+        return max(self.first_stage, min(scaled, self.decoder_layers - 1))
+
+    def readable(self, block: int) -> int:
+        """Returns the last block up to ``block`` that gives signals, or the first that does."""
+        if self.full_blocks is None:
+            return block
+        return max((b for b in self.full_blocks if b <= block), default=min(self.full_blocks))
 
 
 def check_needs(needs: Sequence[Need], facts: Facts, name: str) -> None:

@@ -100,3 +100,13 @@ def adapter_classes() -> list[type[VLMAdapter]]:
     """Returns all model adapters."""
     modules = _modules(vtprune.vlm_adapters).values()
     return [cls for module in modules for cls in _classes(module, VLMAdapter)]
+
+
+def family_notes() -> dict[str, tuple[type[VLMAdapter], str]]:
+    """Returns per class name its adapter, and what is particular to the family."""
+    notes: dict[str, tuple[type[VLMAdapter], str]] = {}
+    for adapter in adapter_classes():
+        text = inspect.getdoc(inspect.getmodule(adapter)) or ""
+        first = " ".join(text.partition("\n\n")[0].split())
+        notes |= {name: (adapter, first.partition(": ")[2]) for name in adapter.classes}
+    return notes

@@ -5,6 +5,7 @@ B rows (one unit of the budget's scope each), N candidate tokens, K kept tokens,
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -43,6 +44,7 @@ __all__ = [
     "LastRow",
     "Mix",
     "Need",
+    "Newlines",
     "Positions",
     "Quantity",
     "Received",
@@ -57,6 +59,7 @@ __all__ = [
 
 Keep = int | float
 Positions = Literal["keep", "renumber"]
+Newlines = Literal["keep", "row"]
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,24 @@ class Budget:
         """Returns the number of tokens kept of ``n``: at least 1 and at most ``n``."""
         wanted = self.tokens if self.tokens is not None else round((self.fraction or 0) * n)
         return max(1, min(wanted, n))
+
+    def split(self, lengths: Sequence[int]) -> list[Budget]:
+        """Returns the budgets of parts of ``lengths``: a share is that of each, tokens are shared.
+
+        Each part gets at least one token, as the whole does, and none more than it has.
+        """
+        if self.tokens is None:
+            return [self] * len(lengths)
+        total = sum(lengths)
+        wanted = min(max(self.tokens, len(lengths)), total)
+        exact = [wanted * n / total for n in lengths]
+        counts = [max(1, math.floor(x)) for x in exact]
+        by_rest = sorted(range(len(lengths)), key=lambda i: math.floor(exact[i]) - exact[i])
+        for i in itertools.cycle(by_rest):
+            if sum(counts) >= wanted:
+                break
+            counts[i] += counts[i] < lengths[i]
+        return [Budget(tokens=count) for count in counts]
 
     def check(self, n: int) -> None:
         """Raises ConfigError when more tokens are asked for than the ``n`` there always are."""
@@ -144,6 +165,7 @@ class Signals:
         values: the needed quantities, each with leading dimensions ``[B, N]``.
         text: per row the instruction's embeddings ``[M, D]``, if asked for.
         inside: where a stage inside the language model acts; None for the others.
+        n_prefix: tokens of the tower, CLS first, that a mix may read as sources N, N + 1, ...
     """
 
     tokens: Tensor
@@ -152,6 +174,7 @@ class Signals:
     values: Mapping[Quantity, Tensor] = field(default_factory=dict)
     text: Sequence[Tensor] | None = None
     inside: Inside | None = None
+    n_prefix: int = 0
 
     @property
     def n(self) -> int:
@@ -180,6 +203,7 @@ class Signals:
             {need: value[index] for need, value in self.values.items()},
             None if self.text is None else [self.text[i] for i in index.tolist()],
             self.inside and self.inside.of(index.tolist()),
+            self.n_prefix,
         )
 
 
@@ -219,10 +243,13 @@ class Strategy:
         kind: ``select`` keeps an exact count, ``adaptive`` counts of its own per row.
         acts_inside: whether it acts inside the language model.
         positions: the authors' position ids for survivors: ``keep`` theirs, or ``renumber``.
+        newlines: what becomes of tokens that end a row of a tiled image: they ``keep``, or leave
+            with the last token of their ``row``. No budget counts them.
     """
 
     kind: ClassVar[Literal["select", "adaptive"]] = "select"
     positions: ClassVar[Positions] = "renumber"
+    newlines: ClassVar[Newlines] = "keep"
     acts_inside: ClassVar[bool] = False
 
     layers: tuple[int, ...] | None = field(default=None, kw_only=True)
@@ -242,20 +269,29 @@ class Strategy:
             ConfigError: a layer out of range, or layers for a strategy that reads none.
         """
         default = self.default_layers(facts)
+        if not self.acts_inside:
+            default = tuple(sorted({facts.readable(block) for block in default}))
         if self.layers is None:
             return default
         if not default:
             raise ConfigError(f"{self.name} reads no layer; leave layers={self.layers} out.")
-        first, last, what = 0, facts.feature_block, "tower blocks 0 to {} up to its features"
-        if self.acts_inside:
-            first, last, what = 1, facts.decoder_layers - 1, "decoder layers 1 to {} to act before"
-        bad = [i for i in self.layers if isinstance(i, bool) or not first <= i <= last]
+        allowed, what = self._allowed_layers(facts)
+        bad = [i for i in self.layers if isinstance(i, bool) or i not in allowed]
         if bad or not self.layers or len(set(self.layers)) < len(self.layers):
             raise ConfigError(
-                f"layers={self.layers}: {facts.family} has {what.format(last)}; "
-                "give distinct ones of them."
+                f"layers={self.layers}: {facts.family} has {what}; give distinct ones of them."
             )
         return tuple(sorted(self.layers))
+
+    def _allowed_layers(self, facts: Facts) -> tuple[Sequence[int], str]:
+        if self.acts_inside:
+            first, last = facts.first_stage, facts.decoder_layers - 1
+            return range(first, last + 1), f"decoder layers {first} to {last} to act before"
+        last = facts.feature_block
+        if facts.full_blocks is None:
+            return range(last + 1), f"tower blocks 0 to {last} up to its features"
+        full = [block for block in facts.full_blocks if block <= last]
+        return full, f"tower blocks {full} with attention over the whole image"
 
     def needs(self, facts: Facts) -> tuple[Need, ...]:
         """Returns what the strategy reads besides the tokens."""

@@ -103,7 +103,7 @@ def test_unknown_family():
 
 def test_a_signal_that_the_family_cannot_give():
     siglip = tiny.build("siglip")
-    with pytest.raises(UnsupportedError, match=r"needs ClsRow\(layer=2\); LLaVA \(siglip"):
+    with pytest.raises(UnsupportedError, match=r"needs ClsRow\(layer=2\); LLaVA-1.5 \(siglip"):
         vtprune.wrap(siglip, Wants(ClsRow(2)), keep=9)
 
 

@@ -95,7 +95,9 @@ def test_the_same_tokens_follow(tower):
 
 def test_tap_one_layer_off_is_noticed(monkeypatch):
     right = Llava.attention
-    monkeypatch.setattr(Llava, "attention", lambda self, layer: right(self, max(0, layer - 1)))
+    monkeypatch.setattr(
+        Llava, "attention", lambda self, modality, layer: right(self, modality, max(0, layer - 1))
+    )
     with pytest.raises(AssertionError):
         check("clip")
 
@@ -137,7 +139,7 @@ def test_instruction_is_what_follows_the_last_image():
     image, special = tiny.IMAGE, 1
     ids = torch.tensor([[0, special, 7, image, image, 8, 9], [special, 5, 6, 7, 8, image, image]])
     valid = ids != tiny.PAD
-    after, all_words = instruction_text(ids, valid, image, [special], embed)
+    after, all_words = instruction_text(ids, valid, ids == image, [special], embed)
     assert torch.equal(after, embed(torch.tensor([8, 9])))
     assert torch.equal(all_words, embed(torch.tensor([5, 6, 7, 8])))
 

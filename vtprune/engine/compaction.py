@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, groupby
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from vtprune.engine.items import Item
 from vtprune.engine.positions import gather_positions
 from vtprune.errors import InputError
 from vtprune.types import Positions, Selection
+from vtprune.vlm_adapters._base import Modality
 
 # Per-token inputs besides ids, mask and positions, with the value that padding gets.
 PER_TOKEN = {"token_type_ids": 0, "mm_token_type_ids": 0, "labels": -100}
@@ -26,7 +28,7 @@ class Prompt:
         ids: ``[B, L]`` as the caller gave them.
         valid: ``[B, L]`` bool, real tokens.
         index: ``[B, L']`` source position of each token of the short prompt, -1 = padding.
-        sample: row of each image.
+        sample: row of each item.
         changed: whether any token left, moved or was merged. The length does not tell: the
             longest row may have no image.
     """
@@ -46,58 +48,69 @@ class Prompt:
         return self.index.shape[1]
 
 
-def samples_of(ids: Tensor, placeholder: int, lengths: Sequence[int]) -> list[int]:
-    """Returns the row that each image belongs to.
+def samples_of(ids: Tensor, modality: Modality, lengths: Sequence[int]) -> list[int]:
+    """Returns the row that each item belongs to.
 
     Args:
         ids: ``[B, L]``.
-        lengths: visual tokens of each image, in order.
+        lengths: visual tokens of each item of this modality, in order.
 
     Raises:
-        InputError: placeholders and images disagree, in all or in one row.
+        InputError: placeholders and items disagree, in all or in one row.
     """
-    per_row = (ids == placeholder).sum(1).tolist()
+    per_row = (ids == modality.placeholder).sum(1).tolist()
     if sum(per_row) != sum(lengths):
         raise InputError(
-            f"The prompts hold {sum(per_row)} image placeholders (id {placeholder}), but the "
-            f"{len(lengths)} images give {sum(lengths)} visual tokens. Build ids and pixels with "
-            "the same processor, and pass as many images as the prompts name."
+            f"The prompts hold {sum(per_row)} {modality.name} placeholders (id "
+            f"{modality.placeholder}), but the {len(lengths)} {modality.item}s give {sum(lengths)} "
+            "visual tokens. Build ids and pixels with the same processor, and pass as many "
+            f"{modality.name}s as the prompts name."
         )
     rows, ends = [], list(accumulate(per_row))
     for first, last in zip([0, *accumulate(lengths)], accumulate(lengths), strict=False):
         row = next(i for i, end in enumerate(ends) if first < end)
         if last > ends[row]:
             raise InputError(
-                f"Row {row} holds {per_row[row]} image placeholders, which is no whole number of "
-                f"its images ({list(lengths)} visual tokens in order). Check that each prompt "
-                "names its own images."
+                f"Row {row} holds {per_row[row]} {modality.name} placeholders, which is no whole "
+                f"number of its {modality.item}s ({list(lengths)} visual tokens in order). Check "
+                f"that each prompt names its own {modality.name}s."
             )
         rows.append(row)
     return rows
 
 
+def rows_of(ids: Tensor, items: Sequence[Item]) -> list[int]:
+    """Returns the row that each item belongs to, for items of several modalities in turn."""
+    rows = []
+    for modality, group in groupby(items, key=lambda item: item.modality):
+        rows += samples_of(ids, modality, [len(item) for item in group])
+    return rows
+
+
 def shorten(
-    ids: Tensor, valid: Tensor, placeholder: int, selections: Sequence[Selection]
+    ids: Tensor, valid: Tensor, items: Sequence[Item], selections: Sequence[Selection]
 ) -> Prompt:
     """Decides which prompt positions stay, in the order that the selections give the tokens.
 
     Padding stays on the side where it was; where nothing is dropped the prompt is left alone.
     """
     batch, length = ids.shape
-    sample = samples_of(ids, placeholder, [s.n for s in selections])
+    sample = rows_of(ids, items)
     every = torch.arange(length, device=ids.device).expand(batch, length)
     if all(s.is_identity for s in selections):
         return Prompt(ids, valid, every, sample, changed=False)
-    source = every.clone()
-    spots = (ids == placeholder).nonzero()[:, 1]
-    stays = valid & (ids != placeholder)
-    first = 0
-    for row, selection in zip(sample, selections, strict=True):
-        slots = selection.slots[0]
-        places = spots[first + slots.sort().values]
-        source[row, places] = spots[first + slots]
-        stays[row, places] = True
-        first += selection.n
+    source, stays = every.clone(), valid.clone()
+    spots: dict[int, Tensor] = {}
+    for item, row, selection in zip(items, sample, selections, strict=True):
+        token = item.modality.placeholder
+        left = spots.get(token)
+        if left is None:
+            left = (ids == token).nonzero()[:, 1]
+            stays &= ids != token
+        places, spots[token] = left[: selection.n], left[selection.n :]
+        slots = selection.slots[0].to(ids.device)
+        source[row, places[slots.sort().values]] = places[slots]
+        stays[row, places[slots]] = True
     index = _pack(source, stays, right=_pads_right(valid))
     return Prompt(ids, valid, index, sample, changed=True)
 
@@ -126,7 +139,7 @@ def compact(
     """Returns ``batch`` with every per-token input cut to the short prompt.
 
     Args:
-        positions: ``[B, L]`` or ``[1, L]`` position ids of the full prompt.
+        positions: position ids of the full prompt, as ``gather_positions`` takes them.
         pad_id: token id for padding.
     """
     short = dict(batch)

@@ -75,7 +75,7 @@ class Cut:
         cut = {**kwargs, "position_ids": None}
         cut["position_embeddings"] = self._embeddings(kwargs, hidden, rotary)
         mask = kwargs.get("attention_mask")
-        cut["attention_mask"] = self._prompt_mask(mask, _is_static(kwargs))
+        cut["attention_mask"] = self._prompt_mask(mask, is_static(kwargs))
         return cut
 
     def _embeddings(
@@ -95,11 +95,16 @@ class Cut:
             ids = kwargs["position_ids"].expand(len(self.index), -1) - self.behind[:, None]
             cut["position_embeddings"] = rotary(cos, ids)
         mask = kwargs.get("attention_mask")
+        seen = kwargs["past_key_values"].get_seq_length(layer) - self.index.shape[1]
+        now = seen + cos.shape[1]
         if mask is None and self.padded:
-            seen = kwargs["past_key_values"].get_seq_length(layer) - self.index.shape[1]
             mask = self._after(seen, cos.shape[1])
+        elif mask is not None and not is_static(kwargs) and mask.shape[-1] < self.length + now:
+            # Sized by a layer that is cut already: the columns it hides are not the right ones.
+            seen_now = self._after(seen, cos.shape[1])
+            mask = seen_now if mask.dtype == torch.bool else _additive(seen_now, mask.dtype)
         elif mask is not None:
-            mask = self._columns(mask, _is_static(kwargs))
+            mask = self._columns(mask, is_static(kwargs))
         cut["attention_mask"] = mask
         return cut
 
@@ -144,7 +149,13 @@ class Cut:
         return F.pad(cut, (0, mask.shape[-1] - cut.shape[-1]), value=hidden) if static else cut
 
 
-def _is_static(kwargs: dict[str, Any]) -> bool:
+def _additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
+    return mask.masked_fill(~seen, torch.finfo(dtype).min)
+
+
+def is_static(kwargs: dict[str, Any]) -> bool:
+    """Returns whether the cache has a fixed length."""
     return bool(getattr(kwargs.get("past_key_values"), "is_compileable", False))
 
 

@@ -7,6 +7,8 @@ entries as that layer saw.
 
 from __future__ import annotations
 
+import functools
+import inspect
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -15,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vtprune.engine.cuts import Cut
+from vtprune.engine.cuts import Cut, Rotary, is_static
 from vtprune.engine.report import StageReport
 from vtprune.engine.signals import Images, Step, decide
 from vtprune.engine.tap import Rows, reading
@@ -117,23 +119,39 @@ class Layers:
             if not decoding.prefilled:
                 return self._prefill(decoding, number, hidden, rest)
             cut = decoding.cut(number)
-            return None if cut is None else ((hidden,), cut.step(rest, number, self._rotary))
+            if cut is None:
+                return None
+            seen = rest["past_key_values"].get_seq_length(number) + cut.length - cut.index.shape[1]
+            self._refuse_window(number, seen + hidden.shape[1], rest)
+            return (hidden,), cut.step(rest, number, self._rotary(number))
 
         return before
 
-    def _rotary(self, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        return self.model.rotary_emb(hidden, positions)
+    def _refuse_window(self, number: int, length: int, kwargs: dict[str, Any]) -> None:
+        """Raises where a sliding window would count tokens that are there instead of positions."""
+        windows = [getattr(layer.self_attn, "sliding_window", None) for layer in self.layers]
+        window, static = windows[number], is_static(kwargs)
+        if any(windows) and (static or (window is not None and length > window)):
+            what = "a static cache" if static else f"more than {window} tokens"
+            raise UnsupportedError(
+                f"Layer {number} of this language model sees a sliding window, and tokens that "
+                f"leave inside it do not go with {what}. Use a strategy that acts before the "
+                "language model, such as 'divprune'."
+            )
+
+    def _rotary(self, number: int) -> Rotary:
+        """Returns what turns position ids into the rotary embeddings of a layer."""
+        embed = self.model.rotary_emb
+        if "layer_type" not in inspect.signature(embed.forward).parameters:
+            return embed
+        return functools.partial(embed, layer_type=self.model.config.layer_types[number])
 
     def _prefill(
         self, decoding: Decoding, number: int, hidden: Tensor, kwargs: dict[str, Any]
     ) -> Any:
-        if isinstance(kwargs.get("attention_mask"), dict):
-            raise UnsupportedError(
-                "This language model has masks of several kinds (sliding windows), which cannot be "
-                "cut yet. Use a strategy that acts before the language model, such as 'divprune'."
-            )
-        cut = decoding.cut(number)
-        cut_kwargs = kwargs if cut is None else cut.prompt(kwargs, hidden, self._rotary)
+        self._refuse_window(number, decoding.valid.shape[1], kwargs)
+        cut, rotary = decoding.cut(number), self._rotary(number)
+        cut_kwargs = kwargs if cut is None else cut.prompt(kwargs, hidden, rotary)
         for need in self.needs:
             if need.layer == number:
                 decoding.rows[need] = self._read(decoding, cut, number, hidden, cut_kwargs)
@@ -144,7 +162,7 @@ class Layers:
         if after is None:
             return (hidden,), cut_kwargs
         decoding.cuts[number] = after
-        return (hidden,), after.prompt(kwargs, hidden, self._rotary)
+        return (hidden,), after.prompt(kwargs, hidden, rotary)
 
     def _read(
         self,

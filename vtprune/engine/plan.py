@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -17,6 +18,7 @@ from vtprune.types import (
     DecoderNeed,
     Facts,
     Keep,
+    Newlines,
     Positions,
     Selection,
     Signals,
@@ -26,6 +28,7 @@ from vtprune.types import (
     check_needs,
 )
 from vtprune.vlm_adapters._base import VLMAdapter
+from vtprune.vlm_adapters._generic import REFUSED, Generic
 
 Named = str | Strategy
 
@@ -38,6 +41,7 @@ def wrap(
     reduce: int | None = None,
     layers: Sequence[int] | None = None,
     positions: Positions | None = None,
+    newlines: Newlines | None = None,
     processor: Any = None,
     text_encoder: Any = None,
     **options: Any,
@@ -51,7 +55,10 @@ def wrap(
             for a list of strategies one per strategy.
         reduce: tokens removed per block; only for ViT merging methods.
         layers: 0-based tower blocks to read instead of the strategy's own; never remapped.
-        positions: ``keep`` or ``renumber`` the survivors' position ids; default as the authors.
+        positions: ``keep`` or ``renumber`` the survivors' position ids; default as the authors,
+            but ``keep`` where they have several axes (M-RoPE).
+        newlines: ``keep`` the tokens that end a row of a tiled image, or let them leave with the
+            last token of their ``row``; default as the authors. ``keep=`` never counts them.
         processor: needed by text-guided strategies, to tell words from special tokens.
         text_encoder: CLIP's text tower, for strategies that use it.
         **options: fields of the strategy.
@@ -74,13 +81,13 @@ def wrap(
     if len(listed) > 1 and (options or layers is not None):
         raise ConfigError("Options and layers of several strategies go on their instances.")
     chosen = [_with_layers(build(s, **options), layers) for s in listed]
-    steps = _steps(chosen, _budgets(keep, len(chosen)), facts, _policy(positions))
+    steps = _steps(chosen, _budgets(keep, len(chosen)), facts, _policy(positions, facts))
     if processor is None and any(step.stage.reads_text for step in steps):
         raise ConfigError(
             f"{chosen[0].name} reads the instruction; pass processor= (the model's own), so that "
             "words can be told from special tokens."
         )
-    return Handle(model, adapter, steps, processor)
+    return Handle(model, adapter, steps, processor, _newlines(newlines, chosen, adapter))
 
 
 def select(
@@ -122,18 +129,22 @@ def select(
 
 
 def find_adapter(model: PreTrainedModel) -> VLMAdapter:
-    """Returns the adapter of this model's class.
+    """Returns the adapter of this model's class, or the generic one.
 
     Raises:
-        ConfigError: not a transformers model. UnsupportedError: no adapter serves its class.
+        ConfigError: not a transformers model. UnsupportedError: no adapter can serve its class.
     """
     name = type(model).__name__
     if not isinstance(model, PreTrainedModel):
         raise ConfigError(f"wrap() takes a transformers model, not a {name}.")
+    if name in REFUSED:
+        raise UnsupportedError(f"{name} cannot be wrapped: {REFUSED[name]}")
     known = {served: cls for cls in adapter_classes() for served in cls.classes}
-    if name not in known:
-        raise UnsupportedError(str(unknown("model family", name, known)))
-    return known[name](model)
+    if name in known:
+        return known[name](model)
+    if "mm_encoder_outputs" in inspect.signature(model.forward).parameters:
+        return Generic(model)
+    raise UnsupportedError(str(unknown("model family", name, known)))
 
 
 def _with_layers(strategy: Strategy, layers: Sequence[int] | None) -> Strategy:
@@ -195,7 +206,13 @@ def _steps(
                     f"{strategy.name} reads {stage.needs} inside the language model; a stage there "
                     "can read only quantities of the language model."
                 )
-            steps.append(Step(strategy, stage, budget, policy or strategy.positions))
+            if stage.site is Site.ENCODER and not facts.in_tower:
+                raise UnsupportedError(
+                    f"{strategy.name} works inside the encoder, but {facts.family} makes a visual "
+                    "token of several patches. Use a strategy that acts after the projector."
+                )
+            ids: Positions = "keep" if facts.mrope else policy or strategy.positions
+            steps.append(Step(strategy, stage, budget, ids))
     return steps
 
 
@@ -211,7 +228,24 @@ def _check_order(strategy: Strategy, stage: Stage, before: Sequence[Step]) -> No
     )
 
 
-def _policy(given: Positions | None) -> Positions | None:
+def _policy(given: Positions | None, facts: Facts) -> Positions | None:
     if given not in (None, "keep", "renumber"):
         raise ConfigError(f"positions={given!r} is unknown; choose 'keep' or 'renumber'.")
+    if given == "renumber" and facts.mrope:
+        raise UnsupportedError(
+            f"positions='renumber': {facts.family} has position ids for time, height and width, "
+            "which say where a token was in the image. Leave positions out; it keeps them."
+        )
     return given
+
+
+def _newlines(given: Newlines | None, chosen: Sequence[Strategy], adapter: VLMAdapter) -> Newlines:
+    if given not in (None, "keep", "row"):
+        raise ConfigError(f"newlines={given!r} is unknown; choose 'keep' or 'row'.")
+    if given == "row" and not adapter.newlines:
+        raise ConfigError(
+            f"newlines='row': {adapter.facts.family} has no tokens that end a row; leave it out."
+        )
+    if not adapter.newlines:
+        return "keep"
+    return given or chosen[-1].newlines

@@ -13,25 +13,27 @@ from vtprune.errors import InputError
 from vtprune.types import Positions
 
 
-def full_positions(batch: Mapping[str, Any], ids: Tensor) -> Tensor:
-    """Position ids ``[B, L]`` that an unwrapped ``forward`` uses: the caller's, or 0..L-1."""
-    given = batch.get("position_ids")
-    if given is not None:
-        return given.expand(len(ids), -1)
-    return torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
-
-
 def gather_positions(positions: Tensor, index: Tensor, policy: Positions) -> Tensor:
     """Returns the ids of the short prompt; padding gets 0.
 
     Args:
-        positions: ``[B, L]``, the full prompt's.
+        positions: ``[B, L]``, the full prompt's, or ``[3, B, L]`` with an axis each for time,
+            height and width, or ``[4, B, L]`` with a count of tokens before these.
         index: ``[B, L']``, -1 = padding.
         policy: ``keep`` gathers the original ids, ``renumber`` counts the survivors from 0.
+
+    Returns:
+        ``[B, L']``, or ``[4, B, L']`` whose first row counts the survivors: transformers tells
+        packed sequences by it.
     """
     valid = index >= 0
+    count = (valid.long().cumsum(1) - 1).clamp(min=0)
+    if positions.ndim == 3:
+        axes = positions[-3:]
+        kept = axes.expand(-1, len(index), -1).gather(2, index.clamp(min=0).expand(3, -1, -1))
+        return torch.cat([count[None], kept.masked_fill(~valid, 0)])
     if policy == "renumber":
-        return (valid.long().cumsum(1) - 1).clamp(min=0)
+        return (count + positions.min()).masked_fill(~valid, 0)
     kept = positions.expand(index.shape[0], -1).gather(1, index.clamp(min=0))
     return kept.masked_fill(~valid, 0)
 
@@ -55,10 +57,8 @@ class Continuation:
     @classmethod
     def after(cls, index: Tensor, full: Tensor, short: Tensor) -> Continuation:
         """Reads the last ids off the position ids of the full and of the short prompt."""
-        length = full.shape[1]
-        expected = full.max(1).values + 1
-        following = short.max(1).values + 1
-        return cls(index, length, following, expected - following)
+        expected, following = (_last(ids) + 1 for ids in (full, short))
+        return cls(index, full.shape[-1], following, expected - following)
 
     def resume(self, batch: Mapping[str, Any], seen: int) -> dict[str, Any]:
         """Returns the inputs of a decode step, re-cut to a cache that holds ``seen`` tokens.
@@ -90,3 +90,8 @@ class Continuation:
             f"attention_mask has shape {tuple(mask.shape)}; after this shortened prompt it must be "
             f"[B, {self.length + new}], the full prompt and {new} decoded tokens, or None."
         )
+
+
+def _last(positions: Tensor) -> Tensor:
+    """The highest id of each row, ``[B]``; a count of tokens before three axes is none."""
+    return positions[-3:].amax((0, 2)) if positions.ndim == 3 else positions.amax(1)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class ImageReport:
-    """One image: its row in the batch, visual tokens before and after.
+    """One image, tile or video (``what``): its row in the batch, visual tokens before and after.
 
     ``short`` says that it had fewer tokens than were to be kept.
     """
@@ -17,6 +17,7 @@ class ImageReport:
     tokens: int
     kept: int
     short: bool
+    what: str = "image"
 
 
 @dataclass(frozen=True)
@@ -67,8 +68,8 @@ class Report:
             share = 100 * image.kept / image.tokens
             note = " (fewer than asked for)" if image.short else ""
             lines.append(
-                f"  image {i} (row {image.sample}): {image.kept} of {image.tokens} visual tokens, "
-                f"{share:.1f} %{note}"
+                f"  {image.what} {i} (row {image.sample}): {image.kept} of {image.tokens} visual "
+                f"tokens, {share:.1f} %{note}"
             )
         lines += [
             f"  before layer {stage.layer} (row {stage.sample}): {stage.kept} of {stage.tokens} "

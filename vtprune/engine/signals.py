@@ -40,7 +40,8 @@ class Images:
 
     ``tokens`` change from stage to stage; ``values`` follow the survivors; ``kept`` maps them to
     the positions before the first stage. Inside the language model the samples take the place of
-    the images, and ``inside`` says where.
+    the images, and ``inside`` says where. ``budgets`` take the place of the step's,
+    and a mix may read ``n_prefix`` tokens after those of an image.
     """
 
     tokens: list[Tensor]
@@ -49,6 +50,18 @@ class Images:
     text: list[Tensor] | None
     kept: list[Selection]
     inside: Inside | None = None
+    budgets: Sequence[Budget] | None = None
+    n_prefix: int = 0
+
+    def and_also(self, others: Images) -> Images:
+        """Returns these images and, after them, the others, with the same quantities."""
+        return Images(
+            self.tokens + others.tokens,
+            self.grids + others.grids,
+            {need: value + others.values[need] for need, value in self.values.items()},
+            None,
+            self.kept + others.kept,
+        )
 
 
 def decide(step: Step, images: Images) -> list[Selection]:
@@ -59,11 +72,12 @@ def decide(step: Step, images: Images) -> list[Selection]:
     """
     chosen: dict[int, Selection] = {}
     groups: dict[tuple[object, ...], list[int]] = defaultdict(list)
+    budgets = images.budgets or [step.budget] * len(images.tokens)
     for i, tokens in enumerate(images.tokens):
-        groups[len(tokens), images.grids[i]].append(i)
+        groups[len(tokens), images.grids[i], budgets[i]].append(i)
     for members in groups.values():
         signals = _signals(step, images, members)
-        counts = step.strategy.counts(signals, step.budget)
+        counts = step.strategy.counts(signals, budgets[members[0]])
         for k in sorted(set(counts)):
             rows = [row for row, count in enumerate(counts) if count == k]
             part = signals
@@ -86,6 +100,7 @@ def _signals(step: Step, images: Images, members: Sequence[int]) -> Signals:
         },
         None if images.text is None else [images.text[i] for i in members],
         images.inside and images.inside.of(members),
+        images.n_prefix,
     )
 
 
@@ -161,7 +176,7 @@ def _matrix(selection: Selection, width: int) -> Tensor:
 
 
 def instruction_text(
-    ids: Tensor, valid: Tensor, placeholder: int, special: Sequence[int], embed: torch.nn.Module
+    ids: Tensor, valid: Tensor, visual: Tensor, special: Sequence[int], embed: torch.nn.Module
 ) -> list[Tensor]:
     """Embeds the instruction words of each sample, ``[M_b, D]``.
 
@@ -169,12 +184,11 @@ def instruction_text(
 
     Args:
         ids: ``[B, L]`` prompt with placeholders; ``valid`` ``[B, L]`` bool marks real tokens.
-        placeholder: id of a visual token; ``special``: ids of special tokens.
+        visual: ``[B, L]`` bool, placeholders; ``special``: ids of special tokens.
         embed: the language model's embedding table.
     """
-    visual = ids == placeholder
-    special_ids = torch.tensor([placeholder, *special], device=ids.device)
-    words = valid & ~torch.isin(ids, special_ids)
+    special_ids = torch.tensor(list(special), device=ids.device)
+    words = valid & ~visual & ~torch.isin(ids, special_ids)
     after = words & (visual.flip(1).cumsum(1).flip(1) == 0)
     texts = []
     for row, tail, every in zip(ids, after, words, strict=True):

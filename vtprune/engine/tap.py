@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from vtprune.errors import HookError
+from vtprune.errors import HookError, UnsupportedError
 from vtprune.kernels.attn_received import attn_received
 from vtprune.kernels.attn_rows import attn_rows
 from vtprune.types import ClsRow, Keys, Received, TowerNeed
@@ -33,18 +33,47 @@ class Tap:
     Args:
         wanted: needs per module.
         n_prefix: tokens before the first patch, dropped from every quantity.
+        segments: lengths of the images in a sequence that holds several; attention never crosses
+            from one to another. A tower may also call once per image.
     """
 
-    def __init__(self, wanted: Mapping[nn.Module, Sequence[TowerNeed]], n_prefix: int) -> None:
+    def __init__(
+        self,
+        wanted: Mapping[nn.Module, Sequence[TowerNeed]],
+        n_prefix: int,
+        segments: Sequence[int] | None = None,
+    ) -> None:
         self.wanted = wanted
         self.n_prefix = n_prefix
+        self.segments = list(segments or ())
         self._read: dict[TowerNeed, list[Tensor]] = {}
 
+    def reads(self, module: nn.Module) -> bool:
+        """Returns whether something is wanted of ``module``."""
+        return module in self.wanted
+
     @torch.no_grad()
-    def read(self, module: nn.Module, q: Tensor, k: Tensor, scale: float | None) -> None:
+    def read(
+        self, module: nn.Module, q: Tensor, k: Tensor, mask: Tensor | None, scale: float | None
+    ) -> None:
         """Reduces ``q``, ``k`` ``[B, H, S, d]`` to what is wanted of ``module``."""
-        for need in self.wanted.get(module, ()):
-            self._read.setdefault(need, []).append(self._reduce(need, q, k, scale))
+        for queries, keys in self._parts(q, k, mask):
+            for need in self.wanted[module]:
+                value = self._reduce(need, queries, keys, scale)
+                self._read.setdefault(need, []).append(value.flatten(0, 1))
+
+    def _parts(self, q: Tensor, k: Tensor, mask: Tensor | None) -> list[tuple[Tensor, Tensor]]:
+        """Queries and keys of what attends to itself alone."""
+        if len(self.segments) > 1 and q.shape[2] == sum(self.segments):
+            pieces = (x.split(self.segments, dim=2) for x in (q, k))
+            return list(zip(*pieces, strict=True))
+        if mask is not None and not self.segments and bool(_hidden(mask).any()):
+            raise UnsupportedError(
+                "The vision tower hides padding inside an image from its attention, which the tap "
+                "does not follow. Give images that fill their tiles, or use a strategy that reads "
+                "no attention, such as 'divprune'."
+            )
+        return [(q, k)]
 
     def _reduce(self, need: TowerNeed, q: Tensor, k: Tensor, scale: float | None) -> Tensor:
         if isinstance(need, ClsRow):
@@ -55,20 +84,22 @@ class Tap:
             return k.float().mean(1)[:, self.n_prefix :]
         raise HookError(f"The tap cannot read {need}.")
 
-    def values(self) -> dict[TowerNeed, Tensor]:
-        """Returns what was read, calls concatenated along the batch.
+    def value(self, need: TowerNeed) -> Tensor:
+        """Returns what was read, ``[P, ...]`` over all patches in the order of the tower.
 
         Raises:
-            HookError: something wanted was never seen.
+            HookError: it was never seen.
         """
-        for module, needs in self.wanted.items():
-            for need in needs:
-                if need not in self._read:
-                    raise HookError(
-                        f"{need} was never read: {type(module).__name__} did not call the "
-                        "attention interface. Use a tower whose attention is sdpa or eager."
-                    )
-        return {need: torch.cat(parts) for need, parts in self._read.items()}
+        if need not in self._read:
+            raise HookError(
+                f"{need} was never read: its block did not call the attention interface. Use a "
+                "tower whose attention is sdpa or eager."
+            )
+        return torch.cat(self._read[need])
+
+
+def _hidden(mask: Tensor) -> Tensor:
+    return ~mask.bool() if mask.dtype == torch.bool or mask.ndim == 2 else mask < 0
 
 
 class Rows:
@@ -86,10 +117,10 @@ class Rows:
         self.module, self.valid = module, valid
         self._value: Tensor | None = None
 
-    def read(self, module: nn.Module, q: Tensor, k: Tensor, scale: float | None) -> None:
+    def read(
+        self, module: nn.Module, q: Tensor, k: Tensor, mask: Tensor | None, scale: float | None
+    ) -> None:
         """Reduces ``q`` ``[B, H, n, d]`` and ``k`` ``[B, Hkv, n, d]`` to ``[B, n]``, pads 0."""
-        if module is not self.module:
-            return
         value = torch.zeros(self.valid.shape, device=q.device)
         for b, row in enumerate(self.valid):
             spots = row.nonzero()[:, 0]
@@ -97,6 +128,10 @@ class Rows:
             value[b, spots] = attn_rows(last, k[b : b + 1, :, spots], scale=scale)[0]
         self._value = value
         raise Rows._Enough
+
+    def reads(self, module: nn.Module) -> bool:
+        """Returns whether it is this module that is read."""
+        return module is self.module
 
     @contextmanager
     def only(self) -> Iterator[None]:
@@ -128,6 +163,16 @@ def reading(tap: Tap | Rows) -> Iterator[None]:
         _reading.reset(token)
 
 
+def _refuse_changed(module: nn.Module, kwargs: Mapping[str, Any]) -> None:
+    """Raises UnsupportedError for an attention that is more than a softmax of scaled products."""
+    changed = [name for name in ("softcap", "s_aux") if kwargs.get(name) is not None]
+    if changed:
+        raise UnsupportedError(
+            f"{type(module).__name__} changes its attention by {', '.join(changed)}, which cannot "
+            "be read. Use a strategy that reads no attention, such as 'divprune'."
+        )
+
+
 def _original(key: str) -> Callable[..., Any] | None:
     """The function under ``key``; None for eager, which transformers looks up per model file."""
     return ALL_ATTENTION_FUNCTIONS.get(key)
@@ -144,8 +189,9 @@ def _pass_through(original: Callable[..., Any] | None) -> Callable[..., Any]:
         **kwargs: Any,
     ) -> Any:
         tap = _reading.get()
-        if tap is not None:
-            tap.read(module, query, key, kwargs.get("scaling"))
+        if tap is not None and tap.reads(module):
+            _refuse_changed(module, kwargs)
+            tap.read(module, query, key, attention_mask, kwargs.get("scaling"))
         forward = original or sys.modules[type(module).__module__].eager_attention_forward
         return forward(module, query, key, value, attention_mask, *args, **kwargs)
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
 from vtprune.engine import tap
-from vtprune.engine.compaction import Prompt, compact, samples_of, shorten
+from vtprune.engine.compaction import Prompt, compact, rows_of, shorten
 from vtprune.engine.encoder import encode
 from vtprune.engine.generation import (
     FullPrompt,
@@ -24,13 +24,15 @@ from vtprune.engine.generation import (
     setting,
     shift_lengths,
 )
+from vtprune.engine.inputs import given, has_visuals, valid_tokens, visual
 from vtprune.engine.instance import bound, now, restore
+from vtprune.engine.items import Item
 from vtprune.engine.layers import Decoding, Layers
-from vtprune.engine.positions import Continuation, full_positions
+from vtprune.engine.positions import Continuation
 from vtprune.engine.report import ImageReport, Report
 from vtprune.engine.signals import Step, instruction_text
-from vtprune.errors import InputError, UnsupportedError
-from vtprune.types import Positions, Selection, Site
+from vtprune.errors import UnsupportedError
+from vtprune.types import Newlines, Positions, Selection, Site
 from vtprune.vlm_adapters._base import VLMAdapter
 
 
@@ -63,9 +65,11 @@ class Handle:
         adapter: VLMAdapter,
         steps: Sequence[Step],
         processor: Any = None,
+        newlines: Newlines = "keep",
     ) -> None:
         _refuse_overlap(model)
         self.model, self.adapter, self.steps = model, adapter, tuple(steps)
+        self.newlines: Newlines = newlines
         self.outside = [s for s in self.steps if s.stage.site is not Site.DECODER]
         self.inside = [s for s in self.steps if s.stage.site is Site.DECODER]
         self.positions: Positions = self.outside[-1].positions if self.outside else "keep"
@@ -73,6 +77,7 @@ class Handle:
         self.selections: list[Selection] = []
         self.index: Tensor | None = None
         self._processor = processor
+        self._items: Sequence[Item] = ()
         self._prompt: Prompt | None = None
         self._decoding: Decoding | None = None
         self._ms: dict[str, float] = {}
@@ -100,8 +105,8 @@ class Handle:
         wanted = [s.budget.tokens or 0 for s in self.steps]
         samples = self._prompt.sample if self._prompt is not None else []
         images = tuple(
-            ImageReport(row, s.n, s.rows.shape[1], max(wanted) > s.n)
-            for row, s in zip(samples, self.selections, strict=True)
+            ImageReport(row, s.n, s.rows.shape[1], max(wanted) > s.n, item.modality.item)
+            for row, s, item in zip(samples, self.selections, self._items, strict=True)
         )
         stages = tuple(self._decoding.left) if self._decoding is not None else ()
         depth = len(self.adapter.decoder)
@@ -109,7 +114,8 @@ class Handle:
 
     def _install(self, undo: ExitStack) -> None:
         language_model = self.adapter.language_model
-        for part in (self.adapter.tower, language_model):
+        towers = [self.adapter.tower(modality) for modality in self.adapter.modalities]
+        for part in (*towers, language_model):
             implementation = part.config._attn_implementation or "eager"
             tap.install(implementation)
             undo.callback(tap.uninstall, implementation)
@@ -131,12 +137,12 @@ class Handle:
             batch["input_ids"] = batch.pop("inputs")
         batch.pop("inputs", None)
         self._forget()
-        if not self._has_images(batch):
+        if not has_visuals(self.adapter, batch):
             return original(**batch)
         if self.inside:
             refuse_inside(lambda name: self._setting(batch, name))
         with torch.no_grad():
-            valid = self._valid(batch, self._padding(batch))
+            valid = valid_tokens(batch, self._padding(batch))
             encoded, prompt = self._encode(batch, valid)
             short = self._encoded(batch, encoded)
             copies = [self._setting(batch, f"num_{what}") for what in ("beams", "return_sequences")]
@@ -145,7 +151,7 @@ class Handle:
                 positions = batch.get("position_ids")
                 if positions is None:
                     prepare: Any = self.model._prepare_position_ids_for_generation
-                    positions = prepare(prompt.ids, {"attention_mask": valid.long()})
+                    positions = prepare(prompt.ids, {**short, "attention_mask": valid.long()})
                 short = compact(prompt, short, positions, self.positions, self._pad_id(batch))
                 shift_lengths(short, self.model.generation_config, prompt.length - prompt.short)
                 full = FullPrompt(prompt.ids, prompt.short)
@@ -157,10 +163,10 @@ class Handle:
         call = _running.get()
         if call is not None and call.handle is self:
             return original(**batch)
-        if batch.get(self.adapter.pixels) is None and batch.get("past_key_values") is not None:
+        if not given(self.adapter, batch) and batch.get("past_key_values") is not None:
             return self._resume(original, batch)
         self._forget()
-        if not self._has_images(batch):
+        if not has_visuals(self.adapter, batch):
             return original(**batch)
         refuse(batch)
         if self.inside and batch.get("labels") is not None:
@@ -168,17 +174,17 @@ class Handle:
                 "labels have no counterpart where tokens leave inside the language model. Compute "
                 "the loss from the logits; handle.index says which tokens they belong to."
             )
-        encoded, prompt = self._encode(batch, self._valid(batch, None))
+        encoded, prompt = self._encode(batch, valid_tokens(batch, None))
         short = self._encoded(batch, encoded)
         if not prompt.changed:
-            positions = full_positions(batch, prompt.ids)
+            positions = self.adapter.positions(batch, prompt.ids)
             return self._prefill(original, short, prompt, positions, positions)
         if isinstance(batch.get("logits_to_keep"), Tensor):
             raise UnsupportedError(
                 "logits_to_keep as a tensor names positions of the full prompt; pass a number, or "
                 "pick rows of the logits through handle.index."
             )
-        positions = full_positions(batch, prompt.ids)
+        positions = self.adapter.positions(batch, prompt.ids)
         short = compact(prompt, short, positions, self.positions, self._pad_id(batch))
         return self._prefill(original, short, prompt, positions, short["position_ids"])
 
@@ -230,7 +236,7 @@ class Handle:
     def _begin(self, prompt: Prompt) -> Decoding:
         index = prompt.index.clamp(min=0)
         valid = (prompt.index >= 0) & prompt.valid.gather(1, index)
-        return Decoding(valid, valid & (prompt.ids.gather(1, index) == self.adapter.placeholder))
+        return Decoding(valid, valid & visual(self.adapter, prompt.ids).gather(1, index))
 
     def _current(self) -> Decoding | None:
         call = _running.get()
@@ -241,59 +247,32 @@ class Handle:
     def _forget(self) -> None:
         """Begins a call: the report is of this one, not of the last with images."""
         self.selections, self._prompt, self.index, self._ms = [], None, None, {}
-        self._decoding = None
-
-    def _has_images(self, batch: Mapping[str, Any]) -> bool:
-        ids = batch.get("input_ids")
-        if batch.get(self.adapter.pixels) is not None:
-            if ids is None:
-                refuse(batch)
-                raise InputError("Pixels were given without input_ids; pass both.")
-            return True
-        n = 0 if ids is None else int((ids == self.adapter.placeholder).sum())
-        if n and batch.get("mm_encoder_outputs") is None:
-            raise InputError(
-                f"The prompts hold {n} image placeholders (id {self.adapter.placeholder}), but no "
-                f"{self.adapter.pixels} were given. Pass the images, or a prompt without <image>."
-            )
-        if batch.get("mm_encoder_outputs") is not None:
-            refuse(batch)
-        return False
+        self._items, self._decoding = (), None
 
     def _encode(self, batch: Mapping[str, Any], valid: Tensor) -> tuple[Any, Prompt]:
-        ids, placeholder = batch["input_ids"], self.adapter.placeholder
+        ids = batch["input_ids"]
         with self._clock("encode"):
             reads_text = any(step.stage.reads_text for step in self.outside)
             text = self._text(ids, valid) if reads_text else None
-            encoded, selections = encode(self.adapter, self.outside, batch, text)
-            prompt = shorten(ids, valid, placeholder, selections)
-        self.selections, self._prompt, self.index = selections, prompt, prompt.index
-        return encoded, prompt
+            encoded = encode(self.adapter, self.outside, batch, text, self.newlines)
+            prompt = shorten(ids, valid, encoded.items, encoded.selections)
+        self.selections, self._items = encoded.selections, encoded.items
+        self._prompt, self.index = prompt, prompt.index
+        return encoded.outputs, prompt
 
-    def _encoded(self, batch: Mapping[str, Any], encoded: Any) -> dict[str, Any]:
-        rest = {k: v for k, v in batch.items() if k != self.adapter.pixels}
-        return {**rest, "mm_encoder_outputs": {"image": encoded}}
+    def _encoded(self, batch: Mapping[str, Any], outputs: Mapping[str, Any]) -> dict[str, Any]:
+        pixels = {name for modality in self.adapter.modalities for name in modality.pixels}
+        rest = {k: v for k, v in batch.items() if k not in pixels}
+        return {**rest, "mm_encoder_outputs": dict(outputs)}
 
-    def _text(self, ids: Tensor, valid: Tensor) -> Callable[[list[int]], list[Tensor]]:
-        def per_image(lengths: list[int]) -> list[Tensor]:
+    def _text(self, ids: Tensor, valid: Tensor) -> Callable[[Sequence[Item]], list[Tensor]]:
+        def per_item(items: Sequence[Item]) -> list[Tensor]:
             special = self._processor.tokenizer.all_special_ids
             embed = self.model.get_input_embeddings()
-            texts = instruction_text(ids, valid, self.adapter.placeholder, special, embed)
-            return [texts[row] for row in samples_of(ids, self.adapter.placeholder, lengths)]
+            texts = instruction_text(ids, valid, visual(self.adapter, ids), special, embed)
+            return [texts[row] for row in rows_of(ids, items)]
 
-        return per_image
-
-    def _valid(self, batch: Mapping[str, Any], padding: int | None) -> Tensor:
-        """Real tokens ``[B, L]``: by the mask, or without one all but the id ``padding``."""
-        ids, mask = batch["input_ids"], batch.get("attention_mask")
-        if mask is None:
-            return torch.ones_like(ids, dtype=torch.bool) if padding is None else ids != padding
-        if mask.shape != ids.shape:
-            raise UnsupportedError(
-                f"attention_mask has shape {tuple(mask.shape)}; a wrapped model takes the 2-D "
-                f"mask of the prompt, {tuple(ids.shape)}."
-            )
-        return mask.bool()
+        return per_item
 
     def _setting(self, batch: Mapping[str, Any], name: str) -> Any:
         config, default = batch.get("generation_config"), self.model.generation_config

@@ -27,7 +27,7 @@ from vtprune.eval.export import write_parquet
 from vtprune.eval.output import progress_bar, write_output
 from vtprune.eval.results import Folder, check_folder
 from vtprune.eval.sweep import Sweep, settings_of
-from vtprune.registry import adapter_classes, strategy_class, strategy_names
+from vtprune.registry import family_notes, strategy_class, strategy_names
 
 
 class _Commands(TyperGroup):
@@ -168,9 +168,7 @@ def list_() -> None:
         name: (inspect.getdoc(module) or "").partition("\n")[0] for name, module in modules.items()
     }
     models = {name: shipped.describe(name) for name in shipped.names()}
-    families = {
-        name: "from a directory or the hub" for a in adapter_classes() for name in a.classes
-    }
+    families = {name: f"{cls.takes}; {note}" for name, (cls, note) in family_notes().items()}
     tasks = {task.name: task.what for task in samples.TASKS.values()}
     sections = {"strategies": strategies, "models": models | families, "tasks": tasks}
     width = max(len(name) for section in sections.values() for name in section)

@@ -4,7 +4,8 @@ The rest is merged by key similarity around evenly spaced targets, so that what 
 leaves a trace. arXiv 2412.04467 (dvlab-research/VisionZip). As in the official code the [CLS] state
 itself is one of the dominant tokens and comes first, merged tokens (target plus the mean of those
 assigned to it) come last, and all of it happens before the projector. A tower without [CLS] ranks
-by attention received and keeps no [CLS].
+by attention received and keeps no [CLS]. Where a visual token is made of several patches, both
+happen to the projected tokens, with the mean of their patches' attention and keys, and no [CLS].
 """
 
 from __future__ import annotations
@@ -42,10 +43,10 @@ class VisionZip(Strategy):
         return (*salience_needs(layers, facts), *(Keys(layer) for layer in layers[-1:]))
 
     def plan(self, facts: Facts) -> tuple[Stage, ...]:
-        return (Stage(Site.ENCODER, self.needs(facts)),)
+        return (Stage(Site.ENCODER if facts.in_tower else Site.PROJECTOR, self.needs(facts)),)
 
     def select(self, signals: Signals, k: int) -> Selection:
-        has_cls = any(isinstance(need, ClsRow) for need in signals.values)
+        has_cls = signals.n_prefix > 0 and any(isinstance(n, ClsRow) for n in signals.values)
         n_merged = round(k * 5 / 32) if self.contextual is None else self.contextual
         n_top = k - n_merged - has_cls
         if n_top < 0:
