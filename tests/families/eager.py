@@ -1,0 +1,260 @@
+"""What an eager, unwrapped copy of a tiny model shows: attention, and what each token is made of.
+
+Nothing here asks an adapter. Attention is recorded where transformers computes it; which patches
+make which token is read off the model's own derivatives.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from operator import attrgetter
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.families import batches
+from vtprune.eval import tiny
+from vtprune.types import ClsRow, Keys, Received, TowerNeed
+
+Batch = dict[str, Tensor]
+# Queries [B, H, S, d], keys [B, Hkv, S, d], probabilities [B, H, S, S].
+Call = tuple[Tensor, Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Tower:
+    """Where a tower's blocks are below the base model, and which of them matter.
+
+    Attributes:
+        feature: block whose output is projected; ``readable`` those that may give signals.
+        averages: whether the connector is known to weigh the patches of a token, as pooling does.
+            Elsewhere it stacks them, and their signals count alike.
+    """
+
+    blocks: str
+    attention: str = "self_attn"
+    feature: int = 3
+    n_prefix: int = 0
+    readable: tuple[int, ...] = (0, 1, 2, 3)
+    averages: bool = False
+
+
+_TO_2 = (0, 1, 2)
+_CLIP = Tower("vision_tower.encoder.layers", feature=2, n_prefix=1, readable=_TO_2)
+_SIGLIP = Tower("vision_tower.encoder.layers")
+_POOLED = Tower("vision_tower.encoder.layers", averages=True)
+_TILED = Tower("vision_model.encoder.layers")
+_QWEN = Tower("visual.blocks", "attn")
+TOWERS = {
+    "gemma3": _POOLED,
+    "idefics3": _TILED,
+    "internvl": Tower("vision_tower.encoder.layer", "attention", n_prefix=1),
+    "llava": _CLIP,
+    "llava_next": _CLIP,
+    "llava_next_video": Tower(_CLIP.blocks, "self_attn", 2, 1, _TO_2, averages=True),
+    "llava_onevision": _POOLED,
+    "llava_siglip": Tower("vision_tower.encoder.layers", feature=2, readable=_TO_2),
+    "mistral3": Tower("vision_tower.transformer.layers", "attention"),
+    "paligemma": _SIGLIP,
+    "qwen2_5_vl": Tower("visual.blocks", "attn", readable=(1, 3)),
+    "qwen2_vl": _QWEN,
+    "qwen3_vl": _QWEN,
+    "qwen3_vl_moe": _QWEN,
+    "smolvlm": _TILED,
+    "video_llava": Tower("{}_tower.encoder.layers", feature=2, n_prefix=1, readable=_TO_2),
+}
+
+
+@cache
+def model_of(family: str, attention: str = "sdpa") -> Any:
+    """Model and processor, shared: leave them as they are."""
+    if family == "smolvlm":
+        pytest.importorskip("num2words", reason="SmolVLM's processor needs num2words")
+    return tiny.build(family, attention)
+
+
+@cache
+def inputs_of(family: str, kind: str) -> Batch:
+    return batches.batch(model_of(family)[1], kind)
+
+
+def modalities(family: str, kind: str) -> list[str]:
+    """Returns the kinds of pixels in a batch, in the order in which items are reported."""
+    images = any(
+        name in inputs_of(family, kind) for name in ("pixel_values", "pixel_values_images")
+    )
+    videos = "pixel_values_videos" in inputs_of(family, kind)
+    return ["image"] * images + ["video"] * videos
+
+
+def wanted(family: str) -> tuple[TowerNeed, ...]:
+    """Returns everything that the family's tower can be asked for."""
+    tower = TOWERS[family]
+    read = (Received, Keys, ClsRow) if tower.n_prefix else (Received, Keys)
+    return tuple(need(layer) for layer in tower.readable for need in read)
+
+
+def encode(family: str, kind: str, name: str, attention: str = "eager") -> Any:
+    """Encodes the images or videos of a batch, as the unwrapped model does."""
+    base, inputs = model_of(family, attention)[0].base_model, inputs_of(family, kind)
+    encoder = getattr(base, f"get_{name}_features")
+    known = inspect.signature(encoder).parameters
+    given = {key: value for key, value in inputs.items() if key in known}
+    return encoder(**given, return_dict=True)
+
+
+def flat(output: Any) -> Tensor:
+    """Returns all visual tokens ``[n, D]`` in the order in which they enter the prompt."""
+    features = output.pooler_output
+    whole = features if isinstance(features, Tensor) else torch.cat(list(features))
+    return whole.flatten(0, -2)
+
+
+def lengths(family: str, kind: str, name: str) -> list[int]:
+    """Returns the visual tokens of each item."""
+    with torch.no_grad():
+        output = encode(family, kind, name)
+    if family in ("idefics3", "smolvlm"):
+        return [9] * (len(flat(output)) // 9)  # a tile is an item
+    if family == "video_llava" and name == "video":
+        return [len(flat(output))]  # one video, handed over frame by frame
+    return [len(item) for item in output.pooler_output]
+
+
+# -- attention ---------------------------------------------------------------------------------
+
+
+@contextmanager
+def recording(modules: Sequence[nn.Module]) -> Iterator[dict[nn.Module, list[Call]]]:
+    """Records what the eager attention of these modules is given and returns, call by call."""
+    calls: dict[nn.Module, list[Call]] = {module: [] for module in modules}
+
+    def recorder(right: Callable[..., Any]) -> Callable[..., Any]:
+        def attend(module: nn.Module, query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Any:
+            output, probabilities = right(module, query, key, *args, **kwargs)
+            if module in calls:
+                calls[module].append((query, key, probabilities))
+            return output, probabilities
+
+        return attend
+
+    with pytest.MonkeyPatch.context() as patch:
+        for file in {type(module).__module__ for module in modules}:
+            right = sys.modules[file].eager_attention_forward
+            patch.setattr(sys.modules[file], "eager_attention_forward", recorder(right))
+        yield calls
+
+
+def blocks_of(model: Any, family: str, name: str) -> Any:
+    return attrgetter(TOWERS[family].blocks.format(name))(model.base_model)
+
+
+@cache
+@torch.no_grad()
+def patches(family: str, kind: str, name: str) -> dict[TowerNeed, Tensor]:
+    """Returns all quantities of all patches, ``[P, ...]`` in the order of the tower."""
+    tower, model = TOWERS[family], model_of(family, "eager")[0]
+    blocks = blocks_of(model, family, name)
+    modules = {i: getattr(blocks[i], tower.attention) for i in tower.readable}
+    with recording(list(modules.values())) as calls:
+        encode(family, kind, name)
+    p = tower.n_prefix
+    return {
+        need: torch.cat([_quantity(need, *call[1:], p).flatten(0, 1) for call in made])
+        for need in wanted(family)
+        if (made := calls[modules[need.layer]])
+    }
+
+
+def _quantity(need: TowerNeed, keys: Tensor, probabilities: Tensor, p: int) -> Tensor:
+    """One quantity ``[B, N, ...]`` of one call of a module."""
+    if isinstance(need, Keys):
+        return keys.mean(1)[:, p:]
+    if isinstance(need, ClsRow):
+        return probabilities[:, :, 0, p:].mean(1)
+    # Several images may share a sequence; each is seen by the queries of its own alone.
+    seen = (probabilities > 0).sum((1, 2))
+    return (probabilities.sum((1, 2)) / seen)[:, p:]
+
+
+# -- what tokens are made of ---------------------------------------------------------------------
+
+
+@contextmanager
+def feature_hook(
+    family: str, name: str, change: Callable[[Tensor], Tensor], attention: str = "eager"
+) -> Iterator[None]:
+    """Changes the output of the block that yields the features, before anything captures it."""
+    block = blocks_of(model_of(family, attention)[0], family, name)[TOWERS[family].feature]
+    hook = block.register_forward_hook(lambda m, i, output: change(output), prepend=True)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+@cache
+def mapping(family: str, kind: str, name: str) -> Tensor:
+    """Returns the weight of each patch in each token, ``[n, P]``; 0 in a token made of no patch.
+
+    All patches are set to one and the same vector. A token's derivatives by them then differ by
+    nothing but their weights.
+    """
+    leaf: list[Tensor] = []
+
+    def same(output: Tensor) -> Tensor:
+        vector = torch.randn(output.shape[-1], generator=torch.Generator().manual_seed(0))
+        leaf.append(vector.expand(output.shape).clone().requires_grad_())
+        return leaf[0]
+
+    with feature_hook(family, name, same), torch.enable_grad():
+        tokens = flat(encode(family, kind, name))
+        direction = torch.randn(tokens.shape[1], generator=torch.Generator().manual_seed(1))
+        (slope,) = torch.autograd.grad(
+            tokens @ direction, leaf, torch.eye(len(tokens)), is_grads_batched=True
+        )
+    slope = slope[..., TOWERS[family].n_prefix :, :].flatten(1, -2).norm(dim=-1)
+    if not TOWERS[family].averages:
+        slope = (slope > 0).float()
+    return slope / slope.sum(1, keepdim=True).clamp(min=1e-30)
+
+
+@torch.no_grad()
+def touched(family: str, kind: str, name: str, patch: int) -> Tensor:
+    """Returns which tokens change when noise is added to one patch, ``[n]`` bool."""
+
+    def noisy(output: Tensor) -> Tensor:
+        p, out = TOWERS[family].n_prefix, output.clone()
+        rows = out[..., p:, :]
+        width = rows.shape[-2]
+        row = rows[patch] if rows.ndim == 2 else rows[patch // width, patch % width]
+        row += torch.randn(row.shape, generator=torch.Generator().manual_seed(patch))
+        return out
+
+    before = flat(encode(family, kind, name))
+    with feature_hook(family, name, noisy):
+        after = flat(encode(family, kind, name))
+    return (after != before).any(1)
+
+
+# -- the language model --------------------------------------------------------------------------
+
+
+@cache
+@torch.no_grad()
+def last_rows(family: str, kind: str) -> list[Tensor]:
+    """Returns for each decoder layer the attention of the last prompt token, ``[B, L]``."""
+    model = model_of(family, "eager")[0]
+    base = model.base_model
+    text = getattr(base, "language_model", None) or base.text_model
+    modules = [layer.self_attn for layer in text.layers]
+    with recording(modules) as calls:
+        model(**inputs_of(family, kind))
+    return [calls[module][0][2][:, :, -1].mean(1) for module in modules]

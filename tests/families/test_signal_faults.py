@@ -1,0 +1,129 @@
+"""Faults of an adapter or of the tap must turn oracle 3 red."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.families import prompts
+from tests.families.eager import TOWERS, mapping, model_of
+from tests.families.test_signals import FAMILIES, check, check_carry, check_inside
+from vtprune.engine import tap
+from vtprune.engine.plan import find_adapter
+from vtprune.vlm_adapters._base import VLMAdapter
+from vtprune.vlm_adapters._qwen import QwenVL
+from vtprune.vlm_adapters.qwen2_5_vl import Qwen2_5VL
+
+WITH_CLS = [family for family in FAMILIES if TOWERS[family].n_prefix]
+WITH_VIDEO = [family for family in FAMILIES if "video" in prompts.kinds(family)]
+# These show videos to the model as images.
+OF_IMAGES = ("internvl", "smolvlm")
+# Several patches are stacked into one token.
+MERGING = ["idefics3", "internvl", "mistral3", "qwen2_5_vl", "qwen2_vl", "qwen3_vl", "smolvlm"]
+
+
+@pytest.fixture
+def adapter_class(family: str) -> type[VLMAdapter]:
+    return type(find_adapter(model_of(family)[0]))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_tap_one_layer_off_is_noticed(family, adapter_class, monkeypatch):
+    right = adapter_class.attention
+
+    def off(self: VLMAdapter, modality: Any, layer: int) -> Any:
+        return right(self, modality, layer - 1 if layer == TOWERS[family].readable[-1] else layer)
+
+    monkeypatch.setattr(adapter_class, "attention", off)
+    with pytest.raises(AssertionError):
+        check(family, "ragged")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_patch_in_the_place_of_the_next_is_noticed(family, adapter_class, monkeypatch):
+    right = adapter_class.carry
+    monkeypatch.setattr(
+        adapter_class,
+        "carry",
+        lambda self, modality, patches, batch: right(self, modality, patches.roll(1, 0), batch),
+    )
+    with pytest.raises(AssertionError):
+        check(family, "ragged")
+    with pytest.raises(AssertionError):
+        check_carry(family, "ragged")
+
+
+@pytest.mark.parametrize("family", MERGING)
+def test_patches_that_change_groups_are_noticed(family, adapter_class, monkeypatch):
+    right = adapter_class.carry
+
+    def swapped(self: VLMAdapter, modality: Any, patches: Tensor, batch: Any) -> list[Tensor]:
+        first, second = mapping(family, "ragged", "image")[:2]
+        a, b = int(first.nonzero()[-1]), int(second.nonzero()[0])
+        order = torch.arange(len(patches))
+        order[[a, b]] = order[[b, a]]
+        return right(self, modality, patches[order], batch)
+
+    monkeypatch.setattr(adapter_class, "carry", swapped)
+    with pytest.raises(AssertionError):
+        check(family, "ragged")
+
+
+@pytest.mark.parametrize("kind", prompts.kinds("qwen2_5_vl"))
+def test_window_order_is_noticed(kind, monkeypatch):
+    monkeypatch.setattr(Qwen2_5VL, "merge", QwenVL.merge)
+    with pytest.raises(AssertionError):
+        check("qwen2_5_vl", kind)
+    with pytest.raises(AssertionError):
+        check_carry("qwen2_5_vl", kind)
+
+
+@pytest.mark.parametrize("family", WITH_CLS)
+def test_a_kept_cls_is_noticed(family, monkeypatch):
+    right = tap.Tap._reduce
+
+    def shifted(self: tap.Tap, need: Any, q: Tensor, k: Tensor, scale: float | None) -> Tensor:
+        self.n_prefix = 0
+        value = right(self, need, q, k, scale)[:, :-1]
+        self.n_prefix = 1
+        return value
+
+    monkeypatch.setattr(tap.Tap, "_reduce", shifted)
+    with pytest.raises(AssertionError):
+        check(family, "ragged")
+
+
+def test_images_in_one_segment_are_noticed(monkeypatch):
+    monkeypatch.setattr(tap.Tap, "_parts", lambda self, q, k, mask: [(q, k)])
+    check("mistral3", "one")
+    with pytest.raises(AssertionError):
+        check("mistral3", "ragged")
+
+
+@pytest.mark.parametrize("family", [f for f in WITH_VIDEO if f not in OF_IMAGES])
+def test_videos_before_images_are_noticed(family, adapter_class, monkeypatch):
+    right = adapter_class.modalities.fget
+    monkeypatch.setattr(adapter_class, "modalities", property(lambda self: right(self)[::-1]))
+    with pytest.raises(AssertionError):
+        check(family, "video_and_image")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_permuted_key_heads_are_noticed(family, monkeypatch):
+    right = tap.attn_rows
+    monkeypatch.setattr(tap, "attn_rows", lambda q, k, *, scale: right(q, k.flip(1), scale=scale))
+    with pytest.raises(AssertionError):
+        check_inside(family, "ragged", layer=3)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_attention_to_padding_is_noticed(family, monkeypatch):
+    right = tap.Rows.__init__
+    monkeypatch.setattr(
+        tap.Rows, "__init__", lambda self, module, valid: right(self, module, valid | True)
+    )
+    with pytest.raises(AssertionError):
+        check_inside(family, "ragged", layer=3)
