@@ -28,8 +28,7 @@ from vtprune.eval import tiny
 from vtprune.registry import strategy_class, strategy_names
 
 STEPS = 4
-WORDS = "what is in the picture and how many red shapes are left of it please describe".split()
-TEXTLESS = [name for name in strategy_names() if strategy_class(name).name]
+WORDS = ("what", "is", "in", "the", "picture", "how", "many", "red", "shapes", "please", "describe")
 
 
 @dataclass(frozen=True)
@@ -161,7 +160,8 @@ def main() -> None:
             print(f"{i + 1} cases", flush=True)
     for (family, outcome), n in sorted(count.items()):
         print(f"{family:20} {outcome:8} {n:5}")
-    print(f"{args.n} cases, seed {args.seed}: {sum(v for (_, o), v in count.items() if o == 'equal')} equal the mask oracle, none differ")
+    equal = sum(n for (_, outcome), n in count.items() if outcome == "equal")
+    print(f"{args.n} cases of seed {args.seed}: {equal} equal the mask oracle, none differ")
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -36,6 +36,11 @@ class Cut:
         """Everything: ``valid`` ``[B, L]`` bool marks the tokens among the columns."""
         columns = torch.arange(valid.shape[1], device=valid.device).expand(valid.shape)
         return cls(columns.masked_fill(~valid, -1), valid.shape[1])
+
+    def to(self, device: torch.device) -> Cut:
+        """Returns the same on ``device``."""
+        moved, behind = (None if x is None else x.to(device) for x in (self.moved, self.behind))
+        return replace(self, index=self.index.to(device), moved=moved, behind=behind)
 
     @property
     def valid(self) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -61,13 +61,13 @@ def refuse_inside(setting_of: Callable[[str], Any]) -> None:
             )
 
 
-def refuse_expansion(copies: int, sample: Sequence[int]) -> None:
+def refuse_expansion(copies: int, entries: int, samples: int) -> None:
     """Refuses several sequences per prompt where transformers mixes up a prompt's images.
 
-    Releases before 5.19 repeat each image of a prompt instead of the group of them.
+    Releases before 5.19 repeat each entry of the encoder's output instead of a prompt's group of
+    them; there are ``entries`` for ``samples`` prompts with images.
     """
-    several_images = len(sample) > len(set(sample))
-    if copies > 1 and several_images and Version(TRANSFORMERS) < Version("5.19"):
+    if copies > 1 and entries > samples and Version(TRANSFORMERS) < Version("5.19"):
         raise UnsupportedError(
             f"transformers {TRANSFORMERS} mixes up the images of a prompt when it makes {copies} "
             "sequences of it. Update: pip install 'transformers>=5.19', or ask for one."

@@ -38,6 +38,10 @@ class Item:
     def __len__(self) -> int:
         return len(self.tokens)
 
+    def describe(self, chosen: Selection) -> tuple[str, int]:
+        """Returns what it is, and how many tokens that no strategy sees are among ``chosen``."""
+        return self.modality.item, int(torch.isin(chosen.slots[0], self.fixed).sum())
+
 
 def items_of(adapter: VLMAdapter, modality: Modality, output: Any, batch: Batch) -> list[Item]:
     """Returns what the encoder's ``output`` holds.

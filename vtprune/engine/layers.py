@@ -50,6 +50,14 @@ class Decoding:
         self.valid = self.valid.repeat_interleave(self.copies, dim=0)
         self.visual = self.visual.repeat_interleave(self.copies, dim=0)
 
+    def on(self, device: torch.device) -> Decoding:
+        """Moves everything to the device of the layer that runs now."""
+        if self.valid.device != device:
+            self.valid, self.visual = self.valid.to(device), self.visual.to(device)
+            self.cuts = {layer: cut.to(device) for layer, cut in self.cuts.items()}
+            self.rows = {need: value.to(device) for need, value in self.rows.items()}
+        return self
+
     def cut(self, layer: int) -> Cut | None:
         """What ``layer`` still sees; None = everything."""
         before = [at for at in self.cuts if at <= layer]
@@ -116,6 +124,7 @@ class Layers:
                 return None
             hidden = args[0] if args else kwargs["hidden_states"]
             rest = {name: value for name, value in kwargs.items() if name != "hidden_states"}
+            decoding.on(hidden.device)
             if not decoding.prefilled:
                 return self._prefill(decoding, number, hidden, rest)
             cut = decoding.cut(number)

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 class ImageReport:
     """One image, tile or video (``what``): its row in the batch, visual tokens before and after.
 
-    ``short`` says that it had fewer tokens than were to be kept.
+    ``short`` says that it had fewer tokens than were to be kept; ``fixed`` of those kept are made
+    of no patch (newlines), and no budget counts them.
     """
 
     sample: int
@@ -18,6 +19,7 @@ class ImageReport:
     kept: int
     short: bool
     what: str = "image"
+    fixed: int = 0
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,8 @@ class Report:
         for i, image in enumerate(self.images):
             share = 100 * image.kept / image.tokens
             note = " (fewer than asked for)" if image.short else ""
+            if image.fixed:
+                note += f", {image.fixed} of them made of no patch"
             lines.append(
                 f"  {image.what} {i} (row {image.sample}): {image.kept} of {image.tokens} visual "
                 f"tokens, {share:.1f} %{note}"

@@ -105,7 +105,7 @@ class Handle:
         wanted = [s.budget.tokens or 0 for s in self.steps]
         samples = self._prompt.sample if self._prompt is not None else []
         images = tuple(
-            ImageReport(row, s.n, s.rows.shape[1], max(wanted) > s.n, item.modality.item)
+            ImageReport(row, s.n, s.rows.shape[1], max(wanted) > s.n, *item.describe(s))
             for row, s, item in zip(samples, self.selections, self._items, strict=True)
         )
         stages = tuple(self._decoding.left) if self._decoding is not None else ()
@@ -146,12 +146,14 @@ class Handle:
             encoded, prompt = self._encode(batch, valid)
             short = self._encoded(batch, encoded)
             copies = [self._setting(batch, f"num_{what}") for what in ("beams", "return_sequences")]
-            refuse_expansion(max(n or 1 for n in copies), prompt.sample)
+            entries = sum(len(output.pooler_output) for output in encoded.values())
+            refuse_expansion(max(n or 1 for n in copies), entries, len(set(prompt.sample)))
             if prompt.changed:
                 positions = batch.get("position_ids")
                 if positions is None:
                     prepare: Any = self.model._prepare_position_ids_for_generation
-                    positions = prepare(prompt.ids, {**short, "attention_mask": valid.long()})
+                    known = {k: v for k, v in short.items() if k != "input_ids"}
+                    positions = prepare(prompt.ids, {**known, "attention_mask": valid.long()})
                 short = compact(prompt, short, positions, self.positions, self._pad_id(batch))
                 shift_lengths(short, self.model.generation_config, prompt.length - prompt.short)
                 full = FullPrompt(prompt.ids, prompt.short)

@@ -134,7 +134,7 @@ class VLMAdapter(ABC):
 
     def tokens(self, modality: Modality, output: Any, batch: Batch) -> list[Tensor]:
         """Returns the projected tokens of each item, ``[n_i, D]``."""
-        return list(output.pooler_output)
+        return [x.flatten(0, -2) for x in output.pooler_output]
 
     def grids(self, modality: Modality, lengths: Sequence[int], batch: Batch) -> list[Grid | None]:
         """Returns the ``(t, h, w)`` of items with these numbers of tokens made of patches."""
@@ -148,7 +148,8 @@ class VLMAdapter(ABC):
         """Returns a copy of ``output`` that holds ``items`` in the container the model expects."""
         features: Any = list(items)
         if isinstance(output.pooler_output, Tensor):
-            features = torch.cat(features)[:, None]  # ragged: one token per entry
+            even = len({len(x) for x in items}) == 1
+            features = torch.stack(features) if even else torch.cat(features)[:, None]
         changed = {"pooler_output": features}
         if planes:
             changed["deepstack_features"] = [list(plane) for plane in planes]
