@@ -1,4 +1,4 @@
-"""What the training of the shipped model is made of; the training itself is too long for a test."""
+"""What the training of shipped models is made of; the training itself is too long for a test."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vtprune.eval import train_llava
-from vtprune.eval.mini_llava import GRID, PREFIX, build_model, build_processor
+from vtprune.eval import train_llava, train_qwen
+from vtprune.eval.mini_llava import GRID, PREFIX, build_model, build_tokenizer
 from vtprune.eval.scene_questions import KINDS, Question
-from vtprune.eval.scene_things import NAMES, Thing
+from vtprune.eval.scene_things import NAMES, SIZE, Thing
 from vtprune.eval.scenes import DENSE
+from vtprune.eval.train_answering import packed_mask, packed_positions
 from vtprune.eval.train_attention import attention
 from vtprune.eval.train_data import (
     BLOCK,
@@ -23,16 +24,17 @@ from vtprune.eval.train_data import (
     Writer,
     choose,
     image_targets,
-    patch_targets,
+    token_targets,
 )
-from vtprune.eval.train_losses import packed_mask
+
+NATIVE = (SIZE, SIZE)
 
 # A 4 in the cell at the top left, and two cells to the right of it a circle, three pixels lower.
 THINGS = (Thing("4", "red", 0, 0, 0, 0), Thing("circle", "blue", 0, 2, 32, 3))
 
 
-def test_patch_targets_by_hand():
-    name, color, place, *sides = (t.reshape(GRID, GRID) for t in patch_targets(THINGS))
+def test_token_targets_by_hand():
+    name, color, place, *sides = (t.reshape(GRID, GRID) for t in token_targets(THINGS, NATIVE))
     circle = 1 + NAMES.index("circle")
     assert name[:4, :8].tolist() == [
         [5, 5, 0, 0, circle, circle, 0, 0],
@@ -51,8 +53,18 @@ def test_patch_targets_by_hand():
 
 def test_edges_are_ignored():
     shifted = (Thing("4", "red", 0, 0, 1, 0),)
-    name = patch_targets(shifted)[0].reshape(GRID, GRID)
+    name = token_targets(shifted, NATIVE)[0].reshape(GRID, GRID)
     assert name[0, :4].tolist() == [5, 5, IGNORE, 0]
+
+
+def test_token_targets_of_a_stretched_scene():
+    name = token_targets(THINGS, (64, 256))[0].reshape(8, 32)
+    circle = 1 + NAMES.index("circle")
+    assert name[:3, :13].tolist() == [
+        [5] * 4 + [0] * 4 + [circle] * 4 + [0],
+        [0] * 8 + [IGNORE] * 4 + [0],  # three of sixteen rows are covered
+        [0] * 13,
+    ]
 
 
 def test_image_targets_by_hand():
@@ -63,14 +75,15 @@ def test_image_targets_by_hand():
 
 
 def test_labels_are_the_words_that_follow():
-    processor = build_processor()
-    batch = Writer(processor, ("standard", "hard"), 2)(0, 0)
-    assert batch.pixels.shape == (2, 3, 128, 128)
-    assert batch.sides.shape == (2, 4, GRID * GRID)
+    tokenizer = build_tokenizer()
+    batch = Writer(tokenizer, ("standard", "hard"), 2)(0, (96, 160))
+    assert batch.native.shape == (2, 3, 128, 128)
+    assert batch.pixels.shape == (2, 3, 96, 160)
+    assert batch.sides.shape == (2, 4, 12 * 20)
     ids, labels = (t.reshape(2, N_BLOCKS, BLOCK) for t in (batch.ids, batch.labels))
     asked = labels[:, :, :-1] != IGNORE
     assert torch.equal(labels[:, :, :-1][asked], ids[:, :, 1:][asked])
-    words = [processor.tokenizer.convert_ids_to_tokens(block) for block in ids[0].tolist()]
+    words = [tokenizer.convert_ids_to_tokens(block) for block in ids[0].tolist()]
     assert all(":" in block and "</s>" in block for block in words)
     number = words[batch.kinds[0].tolist().index(KINDS.index("number"))]
     start = number.index(":") + 1
@@ -93,11 +106,12 @@ def test_every_task_gets_its_share():
 
 def test_blocks_see_the_prefix_and_themselves():
     prefix = len(PREFIX) + 4
-    mask, positions = packed_mask(prefix, torch.device("cpu"))
+    mask = packed_mask(prefix, torch.device("cpu"))
+    positions = packed_positions(prefix, torch.device("cpu"))
     second = prefix + BLOCK
     assert mask[0, 0, second, : prefix + 1].tolist() == [True] * prefix + [False]
     assert mask[0, 0, second].sum() == prefix + 1
-    assert positions[0, second] == positions[0, prefix] == prefix
+    assert positions[second] == positions[prefix] == prefix
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -118,29 +132,33 @@ def test_gradients_are_those_of_sdpa(masked):
         torch.testing.assert_close(a, b)
 
 
-def test_a_stopped_training_goes_on_where_it_was(tmp_path, monkeypatch):
-    stages = (train_llava.STAGES[0], train_llava.STAGES[3])
-    short = tuple(replace(s, steps=2, batch=2) for s in stages)
-    monkeypatch.setattr(train_llava, "STAGES", short)
+@pytest.mark.parametrize(
+    ("module", "trainer", "stages"),
+    [(train_llava, train_llava.LlavaTrainer, (0, 3)), (train_qwen, train_qwen.QwenTrainer, (1, 3))],
+    ids=["llava", "qwen"],
+)
+def test_a_stopped_training_goes_on_where_it_was(tmp_path, monkeypatch, module, trainer, stages):
+    short = tuple(replace(module.STAGES[i], steps=2, batch=2, part=1) for i in stages)
+    monkeypatch.setattr(module, "STAGES", short)
     cpu = torch.device("cpu")
-    train_llava.Trainer(tmp_path / "whole", 0, cpu).run()
-    stopped = train_llava.Trainer(tmp_path / "stopped", 0, cpu)
-    losses, seen = stopped._losses, []
+    trainer(tmp_path / "whole", cpu).run()
+    stopped = trainer(tmp_path / "stopped", cpu)
+    losses, seen = stopped.losses, []
 
-    def fail_at_the_third(stage, batch):
+    def fail_in_the_third_step(stage, batch):
         seen.append(stage.name)
-        if len(seen) == 3:
+        if len(seen) == 6:
             raise KeyboardInterrupt
         return losses(stage, batch)
 
-    monkeypatch.setattr(stopped, "_losses", fail_at_the_third)
+    monkeypatch.setattr(stopped, "losses", fail_in_the_third_step)
     with pytest.raises(KeyboardInterrupt):
         stopped.run()
-    train_llava.Trainer(tmp_path / "stopped", 0, cpu).run()
+    trainer(tmp_path / "stopped", cpu).run()
     files = [tmp_path / run / "model" / "model.safetensors" for run in ("whole", "stopped")]
     assert files[0].read_bytes() == files[1].read_bytes()
     config = json.loads((tmp_path / "whole" / "model" / "config.json").read_text())
-    assert config["architectures"] == ["LlavaForConditionalGeneration"]
+    assert config["architectures"] == [type(stopped.model).__name__]
 
 
 def test_the_start_looks_at_what_is_alike():

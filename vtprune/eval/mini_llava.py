@@ -7,13 +7,12 @@ language model, and such choices mean nothing in a shallow one.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import Digits, Sequence, WhitespaceSplit
 from torch import Tensor, nn
 from transformers import (
     CLIPImageProcessor,
@@ -41,12 +40,19 @@ CHAT_TEMPLATE = (
 )
 
 
-def build_tokenizer() -> PreTrainedTokenizerFast:
-    """Returns a tokenizer with one id per word of the scenes' questions, and one per digit."""
-    words = [*SPECIALS, "user", "assistant", ":", *vocabulary()]
+def build_tokenizer(
+    specials: Sequence[str] = SPECIALS, image: str = "<image>", more: Sequence[str] = ()
+) -> PreTrainedTokenizerFast:
+    """Returns a tokenizer with one id per word of the scenes' questions, and one per digit.
+
+    ``specials`` come first, ``more`` of them last; ``image`` marks a visual token.
+    """
+    words = [*specials, "user", "assistant", ":", *vocabulary(), *more]
     model = WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>")
     tokenizer = Tokenizer(model)
-    tokenizer.pre_tokenizer = Sequence([WhitespaceSplit(), Digits(individual_digits=True)])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Digits(individual_digits=True)]
+    )
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<pad>",
@@ -55,7 +61,7 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
         unk_token="<unk>",
         padding_side="left",
     )
-    fast.add_special_tokens({"extra_special_tokens": ["<image>"]})
+    fast.add_special_tokens({"extra_special_tokens": [image, *more]})
     return fast
 
 

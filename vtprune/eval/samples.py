@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -17,6 +17,8 @@ from vtprune.eval.scene_questions import KINDS
 from vtprune.registry import unknown
 
 DEFAULT = "scenes"
+# Width and height in pixels; five sizes and seven kinds of question meet in every way.
+SIZES = ((96, 96), (128, 96), (104, 152), (160, 128), (176, 176))
 MAX_NEW_TOKENS = 5  # answers are one word, or a number of up to four digits
 
 
@@ -51,6 +53,12 @@ def load_scenes(task: str, level: str, kind: str | None, first: int, end: int) -
     return made
 
 
+def load_sizes(task: str, first: int, end: int) -> list[Sample]:
+    """Returns the samples of the default task, their images at ``SIZES`` in turn."""
+    made = load_scenes(task, "standard", None, first, end)
+    return [replace(s, image=s.image.resize(SIZES[s.index % len(SIZES)])) for s in made]
+
+
 def _scenes(name: str, what: str, level: str = "standard", kind: str | None = None) -> Task:
     return Task(name, what, partial(load_scenes, name, level, kind))
 
@@ -63,6 +71,11 @@ _ALL = (
         if level != "standard"
     ),
     *(_scenes(f"{DEFAULT}-{kind}", f"held-out scenes, {kind} alone", kind=kind) for kind in KINDS),
+    Task(
+        f"{DEFAULT}-sizes",
+        "held-out scenes, resized to " + ", ".join(f"{w}x{h}" for w, h in SIZES) + " in turn",
+        partial(load_sizes, f"{DEFAULT}-sizes"),
+    ),
 )
 TASKS = {task.name: task for task in _ALL}
 

@@ -15,7 +15,9 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
 NAME = "vtprune_training"
-CHUNK = 8  # heads at a time, so that their N x N matrices stay in the cache
+# With "flash" in the name transformers hands over all windows of a tower at once.
+WINDOWED = "vtprune_flash_training"
+CHUNK = 2**19  # scores at a time, so that they stay in the cache
 
 
 class _Attention(torch.autograd.Function):
@@ -37,8 +39,9 @@ class _Attention(torch.autograd.Function):
         delta = (out.to(wide) * grad.to(wide)).sum(-1, keepdim=True).to(q.dtype)
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         hidden = None if mask is None else ~mask[0, 0]
-        for start in range(0, len(q), CHUNK):
-            i = slice(start, start + CHUNK)
+        step = max(1, CHUNK // q.shape[1] ** 2)
+        for start in range(0, len(q), step):
+            i = slice(start, start + step)
             scores = torch.bmm(q[i], k[i].mT)
             if hidden is not None:
                 scores.masked_fill_(hidden, float("-inf"))
@@ -71,13 +74,32 @@ def attention(
     return out.transpose(1, 2).contiguous(), None
 
 
+def windowed_attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    cu_seq_lens_q: Tensor,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Attends ``[1, H, S, D]`` within windows, all of which must be equally long."""
+    n = len(cu_seq_lens_q) - 1
+    parts = (t[0].unflatten(1, (n, -1)) for t in (query, key, value))  # [H, n, L, D]
+    out = _Attention.apply(*parts, attention_mask)
+    return out.flatten(1, 2).transpose(0, 1)[None].contiguous(), None
+
+
 def watch(module: Any) -> None:
     """Makes an attention module keep the queries and keys of its last call as ``seen``."""
     module.watched = True
 
 
-def use(model: Any) -> None:
-    """Makes ``model`` attend with this; for training only."""
+def use(model: Any, windowed: Any = None) -> None:
+    """Makes ``model`` attend with this, its part ``windowed`` within windows; for training only."""
     AttentionInterface.register(NAME, attention)
+    AttentionInterface.register(WINDOWED, windowed_attention)
     AttentionMaskInterface.register(NAME, sdpa_mask)
     model.set_attn_implementation(NAME)
+    if windowed is not None:
+        windowed.config._attn_implementation = WINDOWED  # asked by name, transformers wants flash

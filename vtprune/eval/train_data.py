@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
-from transformers import LlavaProcessor
 
 from vtprune.eval import scenes
-from vtprune.eval.mini_llava import GRID, PATCH
 from vtprune.eval.scene_questions import KINDS, Question
-from vtprune.eval.scene_things import CELL, COLORS, NAMES, SIDES, Thing, beside, numbers
+from vtprune.eval.scene_things import CELL, COLORS, NAMES, SIDES, SIZE, Thing, beside, numbers
 
 IGNORE = -100
+TOKEN = 8  # pixels that a visual token covers, each way
 N_BLOCKS, BLOCK = 16, 13  # questions per image; words per question block at most
 LONGEST = 4  # digits of a number whose places are told apart
 MOST = 9  # things that are counted
@@ -29,7 +30,8 @@ SHARES = {"number": 1, "count": 1, "relation": 3, "read": 2, "shape": 2, "presen
 class Batch:
     """One batch of scenes, int64 but for the pixels and ``present``.
 
-    ``pixels`` ``[B, 3, 128, 128]``; per patch ``[B, N]``: ``thing`` (0 = background), ``color``,
+    ``pixels`` ``[B, 3, H, W]``, and ``native`` of 128 x 128; per visual token, that is a square of
+    8 x 8 of these pixels, ``[B, N]``: ``thing`` (0 = background), ``color``,
     ``place`` in a number (0 = in none); ``sides`` ``[B, 4, N]``: what is beside (0 = nothing);
     ``present`` ``[B, C]``; ``counts`` ``[B, 2]``: digits, shapes; ``ids``, ``labels``
     ``[B, N_BLOCKS * BLOCK]``, and ``early``, the answer's first word from the question's last
@@ -37,6 +39,7 @@ class Batch:
     """
 
     pixels: Tensor
+    native: Tensor
     thing: Tensor
     color: Tensor
     place: Tensor
@@ -52,18 +55,19 @@ class Batch:
         return Batch(**{name: value.to(device) for name, value in vars(self).items()})
 
 
-def owners(things: Sequence[Thing]) -> NDArray[np.int64]:
-    """Per patch ``[N]``: index of the thing that covers most of it, -1 = none, IGNORE = an edge.
+def owners(things: Sequence[Thing], size: tuple[int, int]) -> NDArray[np.int64]:
+    """Per visual token ``[N]`` of a scene shown at ``size`` (height, width) pixels.
 
-    Patches of which a thing covers less than a quarter are edges.
+    The index of the thing that covers most of it, -1 = none, IGNORE = an edge, that is less than a
+    quarter of it is covered.
     """
-    edges = np.arange(GRID) * PATCH
-    best = np.zeros((GRID, GRID))
-    owner = np.full((GRID, GRID), -1, dtype=np.int64)
+    rows, cols = (np.linspace(0, SIZE, pixels // TOKEN + 1) for pixels in size)
+    best = np.zeros((len(rows) - 1, len(cols) - 1))
+    owner = np.full(best.shape, -1, dtype=np.int64)
     for i, t in enumerate(things):
-        wide = np.minimum(edges + PATCH, t.x + CELL) - np.maximum(edges, t.x)
-        high = np.minimum(edges + PATCH, t.y + CELL) - np.maximum(edges, t.y)
-        cover = high.clip(0)[:, None] * wide.clip(0)[None] / PATCH**2
+        wide = np.minimum(cols[1:], t.x + CELL) - np.maximum(cols[:-1], t.x)
+        high = np.minimum(rows[1:], t.y + CELL) - np.maximum(rows[:-1], t.y)
+        cover = high.clip(0)[:, None] * wide.clip(0)[None] / (rows[1] * cols[1])
         mine = cover > best
         owner[mine] = np.where(cover >= 0.25, i, IGNORE)[mine]
         best = np.maximum(best, cover)
@@ -81,9 +85,9 @@ def thing_targets(things: Sequence[Thing]) -> NDArray[np.int64]:
     return np.array(rows)
 
 
-def patch_targets(things: Sequence[Thing]) -> NDArray[np.int64]:
-    """Per patch ``[7, N]`` the targets of its thing; the background has a name, 0, and no more."""
-    owner = owners(things)
+def token_targets(things: Sequence[Thing], size: tuple[int, int]) -> NDArray[np.int64]:
+    """Per token ``[7, N]`` the targets of its thing; the background has a name, 0, and no more."""
+    owner = owners(things, size)
     background = np.array([[0, *[IGNORE] * 6]])
     edge = np.full((1, 7), IGNORE)
     table = np.concatenate([thing_targets(things), background, edge])
@@ -101,30 +105,29 @@ def image_targets(things: Sequence[Thing]) -> tuple[NDArray[np.float32], list[in
 class Writer:
     """Turns scenes into batches; the scenes of a batch take turns with ``levels``."""
 
-    def __init__(
-        self, processor: LlavaProcessor, levels: Sequence[str | scenes.Level], batch: int
-    ) -> None:
-        self.tokenizer = processor.tokenizer
+    def __init__(self, tokenizer: Any, levels: Sequence[str | scenes.Level], batch: int) -> None:
+        self.tokenizer = tokenizer
         self.levels = levels
         self.batch = batch
 
-    def __call__(self, step: int, offset: int) -> Batch:
-        first = offset + step * self.batch
+    def __call__(self, first: int, size: tuple[int, int]) -> Batch:
+        """The training scenes from number ``first`` on, shown at ``size`` (height, width)."""
         made = [
             scenes.make_scene(i, "train", self.levels[i % len(self.levels)])
             for i in range(first, first + self.batch)
         ]
-        pixels = torch.from_numpy(np.stack([s.pixels for s in made])).permute(0, 3, 1, 2)
-        patches = torch.from_numpy(np.stack([patch_targets(s.things) for s in made]))
+        native = _pixels([s.image for s in made])
+        tokens = torch.from_numpy(np.stack([token_targets(s.things, size) for s in made]))
         image = [image_targets(s.things) for s in made]
         asked = [self._questions(s) for s in made]
         blocks = torch.tensor([rows for rows, _ in asked]).flatten(2)  # [B, 3, ...]
         return Batch(
-            pixels.float() / 127.5 - 1,
-            patches[:, 0],
-            patches[:, 1],
-            patches[:, 2],
-            patches[:, 3:],
+            native if size == (SIZE, SIZE) else _pixels([resize(s.image, size) for s in made]),
+            native,
+            tokens[:, 0],
+            tokens[:, 1],
+            tokens[:, 2],
+            tokens[:, 3:],
             torch.from_numpy(np.stack([present for present, _ in image])),
             torch.tensor([counts for _, counts in image]),
             blocks[:, 0],
@@ -156,6 +159,17 @@ class Writer:
             labels + [IGNORE] * (BLOCK - len(labels)),
             early + [IGNORE] * (BLOCK - len(early)),
         ]
+
+
+def resize(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """Returns the image at ``size`` (height, width) pixels."""
+    return image.resize((size[1], size[0]), Image.Resampling.BICUBIC)
+
+
+def _pixels(images: Sequence[Image.Image]) -> Tensor:
+    """Images of one size as ``[B, 3, H, W]`` from -1 to 1, as both processors scale them."""
+    stacked = torch.from_numpy(np.stack([np.asarray(image) for image in images]))
+    return stacked.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def choose(questions: Sequence[Question]) -> list[Question]:

@@ -171,6 +171,10 @@ class VLMAdapter(ABC):
         given = batch.get("position_ids")
         if given is not None:
             return given if given.ndim == 3 else given.expand(len(ids), -1)
+        if self.facts.mrope and batch.get("mm_token_type_ids") is not None:
+            prepare: Any = self.model._prepare_position_ids_for_generation
+            text = {k: v for k, v in batch.items() if not k.startswith("pixel_values")}
+            return prepare(ids, text)
         first = self.first_position
         return torch.arange(first, first + ids.shape[1], device=ids.device).expand(ids.shape)
 

@@ -48,6 +48,7 @@ class Generic(VLMAdapter):
             signals=frozenset({InstructionText, LastRow}),
             decoder_layers=text.num_hidden_layers if hasattr(self.language_model, "layers") else 0,
             in_tower=False,
+            mrope=hasattr(self.base, "compute_3d_position_ids"),
             family=f"{name} (no adapter of its own)",
         )
 

@@ -71,9 +71,3 @@ class QwenVL(VLMAdapter):
         side = self.base.visual.spatial_merge_size
         sizes: list[Grid] = self.sizes(modality, batch).tolist()
         return [(t, h // side, w // side) for t, h, w in sizes]
-
-    def positions(self, batch: Batch, ids: Tensor) -> Tensor:
-        if batch.get("position_ids") is not None or batch.get("mm_token_type_ids") is None:
-            return super().positions(batch, ids)
-        prepare: Any = self.model._prepare_position_ids_for_generation
-        return prepare(ids, {k: v for k, v in batch.items() if not k.startswith("pixel_values")})
