@@ -1,0 +1,55 @@
+"""The shipped models do what their cards say, on the first 200 held-out scenes."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from vtprune.eval import load, shipped
+from vtprune.eval.budgets import CEILING, FLOOR, points
+from vtprune.eval.results import Folder
+from vtprune.eval.stats import summarize
+from vtprune.eval.sweep import Sweep, settings_of
+
+N = 200
+
+
+@pytest.fixture(scope="module", params=shipped.names())
+def name(request):
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def measured(name, tmp_path_factory):
+    """The summaries by point: unpruned, blind, random at 25 %."""
+    model, processor = load(name)
+    settings = settings_of(model, processor, name, task="scenes", limit=N, batch_size=20, seed=0)
+    chosen = points(["random"], ["25%"])
+    folder = Folder(tmp_path_factory.mktemp("card"), settings)
+    Sweep(model, processor, chosen, settings).run(folder)
+    found = summarize(chosen, folder.answers.rows, folder.timings.rows)
+    return dict(zip(chosen, found, strict=True))
+
+
+def on_card(name, column):
+    """The share of right answers over all tasks that the card's table gives."""
+    card = (shipped.MODELS / name / "README.md").read_text(encoding="utf-8")
+    row = re.search(r"^\| all \| 1000 \|(.*)\|$", card, re.MULTILINE)
+    assert row is not None
+    return float(row[1].split("|")[column].split()[0]) / 100
+
+
+@pytest.mark.parametrize("column", range(3))
+def test_the_card_holds(name, measured, column):
+    found = list(measured.values())[column]
+    assert found.n == N
+    assert found.accuracy.low <= on_card(name, column) <= found.accuracy.high
+
+
+def test_the_model_is_an_instrument(measured):
+    seen, blind, pruned = measured.values()
+    assert list(measured)[:2] == [CEILING, FLOOR]
+    assert seen.accuracy.value >= 0.9
+    assert blind.accuracy.value <= 0.4
+    assert pruned.accuracy.value <= seen.accuracy.value - 0.15
