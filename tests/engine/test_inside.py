@@ -231,9 +231,16 @@ def test_beams_and_several_sequences(name):
     options = {"max_new_tokens": 6, "num_return_sequences": 2}
     with vtprune.wrap(model, name, keep=MEAN[name]) as handle:
         greedy = model.generate(**inputs, max_new_tokens=6, do_sample=False)
+        assert handle.final is not None
+        columns = handle.final.clone()
+        left = [s.kept for s in handle.report().stages if s.layer == handle.steps[-1].stage.layer]
+        visual = (inputs["input_ids"] == tiny.IMAGE).sum(1)
+        dropped = inputs["attention_mask"].sum(1) - (columns >= 0).sum(1)
+        assert (visual - dropped).tolist() == left
         twice = model.generate(**inputs, **options, do_sample=True, top_k=1)
         assert torch.equal(twice, greedy.repeat_interleave(2, dim=0))
         beams = model.generate(**inputs, **options, do_sample=False, num_beams=3)
+        assert torch.equal(handle.final, columns)
         assert {stage.sample for stage in handle.report().stages} == {0, 1}
         alone = model.generate(**first, **options, do_sample=False, num_beams=3)
     assert torch.equal(beams[2:], alone)

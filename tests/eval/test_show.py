@@ -7,8 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
-from vtprune import ConfigError, Selection, UnsupportedError
-from vtprune.eval import scenes
+from vtprune import ConfigError, UnsupportedError, wrap
+from vtprune.eval import scenes, tiny
+from vtprune.eval.samples import Asker
 from vtprune.eval.show import (
     ask_and_draw,
     check_out,
@@ -19,7 +20,6 @@ from vtprune.eval.show import (
     open_image,
     what_is_seen,
 )
-from vtprune.types import Mix
 
 
 @pytest.fixture(scope="module")
@@ -44,22 +44,54 @@ def test_show_answers_and_draws(loaded, scene, tmp_path, strategy):
 def test_what_is_seen_is_the_image(loaded, scene):
     processor = loaded[1].image_processor
     pixels = processor(scene.image, return_tensors="pt")["pixel_values"]
-    seen = what_is_seen(pixels, processor)
+    seen = what_is_seen(pixels, processor, scene.image)
     assert np.abs(seen * 255 - scene.pixels).max() < 1
 
 
-def test_several_tiles_are_refused(loaded):
-    with pytest.raises(UnsupportedError, match="one square image"):
-        what_is_seen(torch.zeros(1, 5, 3, 8, 8), loaded[1].image_processor)
+def test_several_tiles_are_refused(loaded, scene):
+    with pytest.raises(UnsupportedError, match="an image as one"):
+        what_is_seen(torch.zeros(1, 5, 3, 8, 8), loaded[1].image_processor, scene.image)
 
 
-def test_kept_mask_counts_new_rows_at_their_slots():
-    edges = torch.arange(3)[None]
-    rows = torch.tensor([[-1, 5, 2]])
-    mask = kept_mask(Selection(rows, 9, Mix(edges, edges, torch.ones(1, 3))))
-    assert mask.tolist() == [[True, False, True], [False, False, True], [False, False, False]]
-    with pytest.raises(UnsupportedError, match="10 tokens"):
-        kept_mask(Selection(torch.tensor([[1]]), 10))
+@pytest.mark.parametrize(
+    ("strategy", "kept"), [("divprune", 20), ("visionzip", 20), ("fastv", 20), ("pyramiddrop", 16)]
+)
+def test_kept_mask_is_what_leaves_the_last_layer(loaded, scene, strategy, kept):
+    model, processor = loaded
+    inputs = Asker(processor)(["how many digits ?"], [scene.image])
+    with wrap(model, strategy, keep=20 if strategy != "pyramiddrop" else 0.5) as handle:
+        model(**inputs)
+        mask = kept_mask(handle, inputs["input_ids"])
+    assert mask.shape == (16, 16)
+    if strategy == "divprune":
+        assert mask.reshape(-1).nonzero()[0].tolist() == handle.selections[0].rows[0].tolist()
+    stages = handle.report().stages
+    assert mask.sum() == (stages[-1].kept if stages else kept)
+
+
+def test_wide_images_keep_their_grid(tmp_path):
+    model, processor = tiny.build("qwen2_vl")
+    image = Image.fromarray(np.full((56, 84, 3), 90, dtype=np.uint8))
+    inputs = Asker(processor)(["a b"], [image])
+    with wrap(model, "divprune", keep=3) as handle:
+        model(**inputs)
+        mask = kept_mask(handle, inputs["input_ids"])
+    assert mask.shape[1] * 2 == mask.shape[0] * 3
+    assert mask.sum() == 3
+    assert what_is_seen(inputs["pixel_values"], processor.image_processor, image).shape[:2] == (
+        56,
+        84,
+    )
+
+
+def test_tokens_that_form_no_grid_are_refused():
+    model, processor = tiny.build("llava_next")
+    image = Image.fromarray(np.full((56, 84, 3), 90, dtype=np.uint8))
+    inputs = Asker(processor)(["a b"], [image])
+    with wrap(model, "divprune", keep=3) as handle:
+        model(**inputs)
+        with pytest.raises(UnsupportedError, match="form none"):
+            kept_mask(handle, inputs["input_ids"])
 
 
 def test_frames_enclose_a_single_patch():

@@ -38,9 +38,9 @@ class Item:
     def __len__(self) -> int:
         return len(self.tokens)
 
-    def describe(self, chosen: Selection) -> tuple[str, int]:
-        """Returns what it is, and how many tokens that no strategy sees are among ``chosen``."""
-        return self.modality.item, int(torch.isin(chosen.slots[0], self.fixed).sum())
+    def describe(self, chosen: Selection) -> tuple[str, int, Grid | None]:
+        """Returns what it is, how many tokens that no strategy sees are ``chosen``, its grid."""
+        return self.modality.item, int(torch.isin(chosen.slots[0], self.fixed).sum()), self.grid
 
 
 def items_of(adapter: VLMAdapter, modality: Modality, output: Any, batch: Batch) -> list[Item]:

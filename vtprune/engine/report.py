@@ -11,7 +11,8 @@ class ImageReport:
     """One image, tile or video (``what``): its row in the batch, visual tokens before and after.
 
     ``short`` says that it had fewer tokens than were to be kept; ``fixed`` of those kept are made
-    of no patch (newlines), and no budget counts them.
+    of no patch (newlines), and no budget counts them. The others form a ``grid`` of so many frames,
+    rows and columns, None where they form none.
     """
 
     sample: int
@@ -20,6 +21,7 @@ class ImageReport:
     short: bool
     what: str = "image"
     fixed: int = 0
+    grid: tuple[int, int, int] | None = None
 
 
 @dataclass(frozen=True)

@@ -112,6 +112,21 @@ class Handle:
         depth = len(self.adapter.decoder)
         return Report(names, tuple(sorted(layers)), images, stages, depth, dict(self._ms))
 
+    @property
+    def final(self) -> Tensor | None:
+        """Columns of the caller's prompt that leave the last decoder layer, ``[B, n]``.
+
+        Of the last call, ascending, -1 = padding; None before the first one.
+        """
+        if self._prompt is None:
+            return None
+        index, cut = self._prompt.index, self._decoding.final() if self._decoding else None
+        if cut is None:
+            return index
+        copies = len(cut.index) // len(index)  # beams, or several sequences per prompt
+        left = cut.index[::copies].to(index.device)
+        return index.gather(1, left.clamp(min=0)).masked_fill(left < 0, -1)
+
     def _install(self, undo: ExitStack) -> None:
         language_model = self.adapter.language_model
         towers = [self.adapter.tower(modality) for modality in self.adapter.modalities]

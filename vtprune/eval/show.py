@@ -19,11 +19,12 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from transformers import PreTrainedModel
 
 from vtprune.engine.plan import wrap
+from vtprune.engine.wrap import Handle
 from vtprune.errors import ConfigError, UnsupportedError
 from vtprune.eval import scenes
 from vtprune.eval.samples import MAX_NEW_TOKENS, Asker
 from vtprune.eval.shipped import load
-from vtprune.types import Keep, Selection
+from vtprune.types import Keep
 
 QUESTION = "how many digits ?"
 STRATEGY = "fastervlm"
@@ -89,11 +90,10 @@ def ask_and_draw(
     inputs = {k: v.to(model.device) for k, v in ask([question], [image]).items()}
     with wrap(model, strategy, keep=keep, processor=processor) as handle:
         (pruned,) = ask.answers(model, inputs, MAX_NEW_TOKENS)
-        selection = handle.selections[0]
+        bright = kept_mask(handle, inputs["input_ids"])
     (unpruned,) = ask.answers(model, inputs, MAX_NEW_TOKENS)
-    seen = what_is_seen(inputs["pixel_values"], processor.image_processor)
-    bright = kept_mask(selection)
-    shown = Shown(question, pruned, unpruned, selection.rows.shape[1], selection.n)
+    seen = what_is_seen(inputs["pixel_values"], processor.image_processor, image)
+    shown = Shown(question, pruned, unpruned, int(bright.sum()), bright.size)
     draw(seen, bright, shown, strategy, out)
     return shown
 
@@ -147,15 +147,19 @@ def check_words(question: str, tokenizer: Any) -> None:
     )
 
 
-def what_is_seen(pixels: torch.Tensor, image_processor: Any) -> NDArray[np.float32]:
+def what_is_seen(
+    pixels: torch.Tensor, image_processor: Any, image: Image.Image
+) -> NDArray[np.float32]:
     """Returns the image as the tower gets it, ``[H, W, 3]`` in 0 to 1.
 
     Raises:
         UnsupportedError: the model cuts an image into several.
     """
+    if pixels.ndim == 2:  # patches of the whole image
+        return np.asarray(image, dtype=np.float32) / 255
     if pixels.ndim != 4 or len(pixels) != 1:
         raise UnsupportedError(
-            f"show draws models that see one square image; this one gets pixels of shape "
+            f"show draws models that see an image as one; this one gets pixels of shape "
             f"{tuple(pixels.shape)}. Use sweep with it instead."
         )
     mean, std = (torch.tensor(v) for v in (image_processor.image_mean, image_processor.image_std))
@@ -163,21 +167,26 @@ def what_is_seen(pixels: torch.Tensor, image_processor: Any) -> NDArray[np.float
     return seen.clamp(0, 1).numpy()
 
 
-def kept_mask(selection: Selection) -> NDArray[np.bool_]:
-    """Returns which patches stay, ``[side, side]``; a new row counts where its slot is.
+def kept_mask(handle: Handle, ids: torch.Tensor) -> NDArray[np.bool_]:
+    """Returns which visual tokens of the one image stay to the end, ``[rows, cols]``.
+
+    A new row that a merge made counts where its slot is; ``ids`` ``[1, L]`` are the prompt's.
 
     Raises:
-        UnsupportedError: the patches form no square.
+        UnsupportedError: the tokens form no single grid.
     """
-    side = math.isqrt(selection.n)
-    if side * side != selection.n:
+    images = handle.report().images
+    grid = images[0].grid
+    if len(images) > 1 or grid is None or math.prod(grid) != images[0].tokens or grid[0] > 1:
+        tokens = sum(image.tokens for image in images)
         raise UnsupportedError(
-            f"show draws square grids of patches; this model has {selection.n} tokens per image. "
-            "Use sweep with it instead."
+            f"show draws one grid of visual tokens; the {tokens} of this model form none. Use "
+            "sweep with it instead."
         )
-    mask = np.zeros(selection.n, dtype=bool)
-    mask[selection.slots[0].cpu().numpy()] = True
-    return mask.reshape(side, side)
+    (modality, *_), final = handle.adapter.modalities, handle.final
+    assert final is not None  # there was a call
+    slots = (ids[0] == modality.placeholder).nonzero()[:, 0]
+    return torch.isin(slots, final[0]).reshape(grid[1:]).cpu().numpy()
 
 
 def draw(
