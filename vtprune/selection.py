@@ -50,6 +50,13 @@ class Selection:
         return self.mix is None and self.rows.shape[1] == self.n
 
     @property
+    def n_prefix(self) -> int:
+        """Tokens of the tower's prefix, such as [CLS], up to the last that the mix reads."""
+        if self.mix is None or not self.mix.source.numel():
+            return 0
+        return max(0, int(self.mix.source.max()) + 1 - self.n)
+
+    @property
     def slots(self) -> Tensor:
         """``[B, K]`` int64: ``rows`` with each -1 replaced by the lowest free source position."""
         if self.mix is None:  # only a mix can make new rows

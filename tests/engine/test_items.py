@@ -13,7 +13,7 @@ IMAGE = Modality("image", ("pixel_values",), 9, "image")
 
 
 def rows(*index: int, n: int) -> Selection:
-    return Selection(torch.tensor([index]), n)
+    return Selection(torch.tensor([index], dtype=torch.long), n)
 
 
 def test_parts_are_joined_in_the_order_of_the_item():
@@ -44,6 +44,31 @@ def test_mixes_of_parts_read_their_own_tokens_and_prefixes():
     assert apart[order][:, 0].tolist() == [100.0, 200.0, 4.5, 9.0]
 
 
+@pytest.mark.parametrize("first", [rows(0, 1, n=2), rows(0, n=2)])
+def test_a_part_that_mixes_nothing_has_its_prefix_all_the_same(first):
+    mix = Mix(torch.tensor([[2]]), torch.tensor([[0]]), torch.ones(1, 1))
+    second = Selection(torch.tensor([[-1]]), 2, mix)
+    joined, _ = join([(first, torch.tensor([0, 1])), (second, torch.tensor([2, 3]))], 4, 1)
+    x = torch.tensor([[[1.0], [2.0], [4.0], [8.0], [100.0], [200.0]]])
+    own = x[0, first.rows[0], 0].tolist()
+    assert joined.apply(x)[0, :, 0].tolist() == [*own, 200.0]
+
+
+def test_a_mix_that_leaves_the_last_token_out():
+    mix = Mix(torch.tensor([[0]]), torch.tensor([[0]]), torch.ones(1, 1))
+    part = Selection(torch.tensor([[-1]]), 3, mix)
+    joined, _ = join([(part, torch.tensor([0, 1, 2])), (rows(0, n=1), torch.tensor([3]))], 4)
+    x = torch.tensor([[[1.0], [2.0], [4.0], [8.0]]])
+    assert joined.apply(x)[0, :, 0].tolist() == [1.0, 8.0]
+
+
+def test_a_part_of_which_nothing_stays():
+    mix = Mix(torch.tensor([[0, 1]]), torch.tensor([[0, 0]]), torch.full((1, 2), 0.5))
+    part, none = Selection(torch.tensor([[-1]]), 2, mix), rows(n=0)
+    joined, _ = join([(part, torch.tensor([0, 1])), (none, torch.tensor([], dtype=int))], 3)
+    assert joined.apply(torch.tensor([[[1.0], [3.0], [9.0]]])).tolist() == [[[2.0]]]
+
+
 def lined() -> Item:
     """A base view of two tokens, then two rows of two with a newline each."""
     free = torch.tensor([0, 1, 2, 3, 5, 6])
@@ -66,7 +91,7 @@ def test_newlines_stand_or_leave_with_their_row(policy, kept, wanted):
     selection, tokens = stand(item, chosen, item.tokens[item.free[list(kept)]], policy)
     assert selection.rows.tolist() == [wanted]
     assert tokens[:, 0].tolist() == wanted
-    assert item.describe(selection) == ("image", len(set(wanted) & {4, 7}))
+    assert item.describe(selection) == ("image", len(set(wanted) & {4, 7}), None)
 
 
 def test_a_budget_of_tokens_is_shared_among_tiles():

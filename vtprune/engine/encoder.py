@@ -229,4 +229,4 @@ class _BlockReducer:
         place[owner] = torch.arange(len(owner), device=owner.device)
         tiles = (owner // self.width).unique().tolist()
         parts = [(chosen[b], place[b * self.width + self.spots[b]]) for b in tiles]
-        return join(parts, len(owner))
+        return join(parts, len(owner), self.run.adapter.n_prefix)

@@ -96,11 +96,14 @@ def sources(
     return found
 
 
-def join(parts: Sequence[tuple[Selection, Tensor]], n: int) -> tuple[Selection, Tensor]:
+def join(
+    parts: Sequence[tuple[Selection, Tensor]], n: int, n_prefix: int = 0
+) -> tuple[Selection, Tensor]:
     """Returns one selection of ``n`` tokens (batch 1) from selections of parts of them.
 
     Args:
         parts: selections (batch 1) with the position ``[N_p]`` of each of their tokens.
+        n_prefix: tokens after those of each part that its mix may read, whether it does or not.
 
     Returns:
         The selection, in ascending order unless one part is everything, and ``[K]`` where its
@@ -118,7 +121,7 @@ def join(parts: Sequence[tuple[Selection, Tensor]], n: int) -> tuple[Selection, 
     edges, before, prefix = [], 0, n
     for part, where in parts:
         mix = part.mix or _copies(part)
-        beyond = torch.arange(int(mix.source.max()) + 1 - part.n, device=where.device)
+        beyond = torch.arange(max(n_prefix, part.n_prefix), device=where.device)
         into = torch.cat([where, prefix + beyond])
         edges.append((into[mix.source[0]], place[before + mix.target[0]], mix.weight[0]))
         before, prefix = before + part.rows.shape[1], prefix + len(beyond)

@@ -152,17 +152,10 @@ def compose(first: Selection, second: Selection) -> Selection:
     rows = first.rows.gather(1, second.rows.clamp(min=0)).masked_fill(new, -1)
     if first.mix is None and second.mix is None:
         return Selection(rows, first.n)
-    width = first.n + max(_n_prefix(first), _n_prefix(second))
+    width = first.n + max(first.n_prefix, second.n_prefix)
     weights = _matrix(second, first.rows.shape[1]) @ _matrix(first, width)
     target, source = weights.nonzero(as_tuple=True)
     return Selection(rows, first.n, Mix(source[None], target[None], weights[target, source][None]))
-
-
-def _n_prefix(selection: Selection) -> int:
-    """Prefix tokens that the selection mixes in."""
-    if selection.mix is None:
-        return 0
-    return max(0, int(selection.mix.source.max()) + 1 - selection.n)
 
 
 def _matrix(selection: Selection, width: int) -> Tensor:
