@@ -102,7 +102,7 @@ def test_two_sequences_of_each_prompt(loaded: Pair, site: str) -> None:
     assert torch.equal(twice, greedy.repeat_interleave(2, dim=0))
 
 
-@sites("both")
+@sites("decoder", "both")
 def test_a_decode_loop_equals_generate(family: str, loaded: Pair, site: str) -> None:
     model, processor = loaded
     for kind in prompts.kinds(family):

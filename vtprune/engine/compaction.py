@@ -98,7 +98,7 @@ def shorten(
     sample = rows_of(ids, items)
     every = torch.arange(length, device=ids.device).expand(batch, length)
     if all(s.is_identity for s in selections):
-        return Prompt(ids, valid, every, sample, changed=False)
+        return Prompt(ids, valid, every.masked_fill(~valid, -1), sample, changed=False)
     source, stays = every.clone(), valid.clone()
     spots: dict[int, Tensor] = {}
     for item, row, selection in zip(items, sample, selections, strict=True):
