@@ -40,7 +40,7 @@ class Case:
     family: str
     strategy: list[str]
     keep: list[int | float]
-    options: dict[str, str]
+    options: dict[str, Any]
     rows: list[list[tuple[str, int, int]]]
 
     def inputs(self) -> dict[str, Tensor]:
@@ -75,7 +75,7 @@ def draw(seed: int, number: int) -> Case:
         inside = strategy_class(name).acts_inside
         share = rng.uniform(0.5 if inside else 0.1, 1.0)
         keep.append(rng.randint(1, 9) if rng.random() < 0.3 and name != "pyramiddrop" else share)
-    options: dict[str, str] = {}
+    options: dict[str, Any] = {}
     if rng.random() < 0.4 and "qwen" not in family:
         options["positions"] = rng.choice(["keep", "renumber"])
     if rng.random() < 0.5 and family in ("llava_next", "llava_next_video", "llava_onevision"):

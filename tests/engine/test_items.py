@@ -65,7 +65,7 @@ def test_a_mix_that_leaves_the_last_token_out():
 def test_a_part_of_which_nothing_stays():
     mix = Mix(torch.tensor([[0, 1]]), torch.tensor([[0, 0]]), torch.full((1, 2), 0.5))
     part, none = Selection(torch.tensor([[-1]]), 2, mix), rows(n=0)
-    joined, _ = join([(part, torch.tensor([0, 1])), (none, torch.tensor([], dtype=int))], 3)
+    joined, _ = join([(part, torch.tensor([0, 1])), (none, torch.arange(0))], 3)
     assert joined.apply(torch.tensor([[[1.0], [3.0], [9.0]]])).tolist() == [[[2.0]]]
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -116,7 +118,7 @@ def test_packed_questions_are_questions_asked_alone(processor, model):
 
 
 def test_the_language_model_starts_as_mini_llavas(model):
-    teacher, _ = shipped.load("mini-llava")
+    teacher: Any = shipped.load("mini-llava")[0]
     inherit(model, teacher)
     ours = model.model.language_model
     theirs = teacher.model.language_model

@@ -107,7 +107,7 @@ def _mllama() -> Any:
 
 
 def _q_former(cls: Any, config: Any, **extra: Any) -> Any:
-    small = {"num_hidden_layers": 1}
+    small: dict[str, Any] = {"num_hidden_layers": 1}
     text = hf.OPTConfig(**small, vocab_size=99)
     return _empty(cls, config(vision_config=small, qformer_config=small, text_config=text, **extra))
 

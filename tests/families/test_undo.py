@@ -128,7 +128,12 @@ def test_200_cycles_leave_nothing_behind(built: Pair) -> None:
 def test_a_refused_wrap_leaves_nothing_behind(built: Pair) -> None:
     model, _ = built
     before, entries = state(model), dict(_entries())
-    for wrong in ({"keep": 0}, {"keep": 9, "positions": "x"}, {"keep": 9, "layers": (999,)}):
+    refused: list[dict[str, Any]] = [
+        {"keep": 0},
+        {"keep": 9, "positions": "x"},
+        {"keep": 9, "layers": (999,)},
+    ]
+    for wrong in refused:
         with pytest.raises(vtprune.VTPruneError):
             vtprune.wrap(model, "fastervlm", **wrong)
     assert state(model) == before and dict(_entries()) == entries

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from vtprune.types import Selection
 
 def from_golden(params: dict[str, Any], tensors: Tensors) -> dict[str, Output]:
     strategy = build("visionzip", contextual=params["contextual"])
-    signals = signals_of(strategy, tower(), tensors)
+    signals = replace(signals_of(strategy, tower(), tensors), n_prefix=1)
     selection = vtprune.select(strategy, keep=params["total"], signals=signals)
     cls = tensors["in.hidden"][:, :1]
     tokens = selection.apply(torch.cat([signals.tokens, cls], dim=1))

@@ -156,7 +156,7 @@ def what_is_seen(
         UnsupportedError: the model cuts an image into several.
     """
     if pixels.ndim == 2:  # patches of the whole image
-        return np.asarray(image, dtype=np.float32) / 255
+        return np.asarray(image).astype(np.float32) / np.float32(255)
     if pixels.ndim != 4 or len(pixels) != 1:
         raise UnsupportedError(
             f"show draws models that see an image as one; this one gets pixels of shape "
@@ -176,16 +176,16 @@ def kept_mask(handle: Handle, ids: torch.Tensor) -> NDArray[np.bool_]:
         UnsupportedError: the tokens form no single grid.
     """
     images = handle.report().images
-    grid = images[0].grid
-    if len(images) > 1 or grid is None or math.prod(grid) != images[0].tokens or grid[0] > 1:
+    first, grid = images[0], images[0].grid
+    if len(images) > 1 or grid is None or math.prod(grid) != first.tokens or grid[0] > 1:
         tokens = sum(image.tokens for image in images)
         raise UnsupportedError(
             f"show draws one grid of visual tokens; the {tokens} of this model form none. Use "
             "sweep with it instead."
         )
-    (modality, *_), final = handle.adapter.modalities, handle.final
+    placeholder, final = handle.adapter.modalities[0].placeholder, handle.final
     assert final is not None  # there was a call
-    slots = (ids[0] == modality.placeholder).nonzero()[:, 0]
+    slots = (ids[0] == placeholder).nonzero()[:, 0]
     return torch.isin(slots, final[0]).reshape(grid[1:]).cpu().numpy()
 
 

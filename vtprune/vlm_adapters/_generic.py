@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -74,5 +75,5 @@ class Generic(VLMAdapter):
             )
         return list(features)
 
-    def grids(self, modality: Modality, lengths: list[int], batch: Batch) -> list[Grid | None]:
+    def grids(self, modality: Modality, lengths: Sequence[int], batch: Batch) -> list[Grid | None]:
         return [None] * len(lengths)
