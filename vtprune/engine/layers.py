@@ -123,8 +123,10 @@ class Layers:
             if decoding is None:
                 return None
             hidden = args[0] if args else kwargs["hidden_states"]
-            rest = {name: value for name, value in kwargs.items() if name != "hidden_states"}
-            decoding.on(hidden.device)
+            device = _device(module, hidden)
+            hidden = hidden.to(device)
+            rest = {k: _to(device, v) for k, v in kwargs.items() if k != "hidden_states"}
+            decoding.on(device)
             if not decoding.prefilled:
                 return self._prefill(decoding, number, hidden, rest)
             cut = decoding.cut(number)
@@ -243,3 +245,16 @@ class Layers:
             inside,
         )
         return decide(step, images) if spots else []
+
+
+def _device(layer: nn.Module, hidden: Tensor) -> torch.device:
+    """The device that a layer computes on; what it is called with may still be on another."""
+    device = next(layer.parameters()).device
+    return hidden.device if device.type == "meta" else device  # meta: offloaded until it runs
+
+
+def _to(device: torch.device, value: Any) -> Any:
+    """Moves tensors and tuples of them; caches look after themselves."""
+    if isinstance(value, tuple):
+        return tuple(_to(device, part) for part in value)
+    return value.to(device) if isinstance(value, Tensor) else value

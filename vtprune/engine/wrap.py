@@ -218,8 +218,7 @@ class Handle:
         decoding = self._decoding
         cut = None if decoding is None else decoding.final()
         if cut is not None:
-            gathered = prompt.index.gather(1, cut.index.clamp(min=0))
-            self.index = gathered.masked_fill(~cut.valid, -1)
+            self.index = self.final
         if not prompt.changed and cut is None:
             return result
         for value in result.values() if isinstance(result, Mapping) else result:

@@ -26,5 +26,7 @@ class Random(Strategy):
             raise ConfigError(f"seed={self.seed!r} must be a whole number of at least 0.")
 
     def score(self, signals: Signals) -> Tensor:
-        draw = torch.rand(signals.n, generator=torch.Generator().manual_seed(self.seed))
+        # On the CPU: the same subset on every device.
+        generator = torch.Generator("cpu").manual_seed(self.seed)
+        draw = torch.rand(signals.n, generator=generator, device="cpu")
         return draw.to(signals.tokens.device).expand(len(signals.tokens), -1)
