@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import settings
 
 from tests.golden_harness import Case, GoldenError, find_cases
@@ -19,6 +21,9 @@ settings.load_profile("vtprune")
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # Tiny models: on a busy machine threads wait for each other, six times as long as they work.
+    torch.set_num_threads(1)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start
     asked: list[str] = getattr(config.option, "golden", [])
     folders = [config.invocation_params.dir / given for given in asked]
     try:
