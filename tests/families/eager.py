@@ -125,7 +125,7 @@ def lengths(family: str, kind: str, name: str) -> list[int]:
         return [9] * (len(flat(output)) // 9)  # a tile is an item
     if family == "video_llava" and name == "video":
         return [len(flat(output))]  # one video, handed over frame by frame
-    return [len(item) for item in output.pooler_output]
+    return [item.shape[:-1].numel() for item in output.pooler_output]
 
 
 # -- attention ---------------------------------------------------------------------------------

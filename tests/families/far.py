@@ -100,7 +100,7 @@ def _near(x: Any) -> Any:
 @contextmanager
 def several() -> Iterator[None]:
     """Lets tensors be made on the claimed devices within the block."""
-    make, autocast = torch.tensor, torch.autocast
+    make, autocast, enabled = torch.tensor, torch.autocast, torch.is_autocast_enabled
 
     def tensor(data: Any, *args: Any, device: Any = None, **kwargs: Any) -> Tensor:
         data = tree_map(lambda x: x.item() if isinstance(x, Far) else x, data)
@@ -110,9 +110,13 @@ def several() -> Iterator[None]:
     def casting(kind: str, *args: Any, **kwargs: Any) -> Any:
         return nullcontext() if kind == FIRST.type else autocast(kind, *args, **kwargs)
 
+    def is_cast(kind: str = CPU.type) -> bool:
+        return kind != FIRST.type and enabled(kind)
+
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
         patch.setattr(torch, "tensor", tensor)
         patch.setattr(torch, "autocast", casting)
+        patch.setattr(torch, "is_autocast_enabled", is_cast)
         with _Everywhere():
             yield
 
