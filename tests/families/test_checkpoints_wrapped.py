@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 
 import vtprune
+from tests.engine.test_generation import OLD
 from tests.families import prompts
 from tests.families.batches import Batch, batch, decoded, new_ids, of
 
@@ -32,6 +34,13 @@ def sites(*quick: str) -> Any:
     """Parametrizes over the sites; all but those named are slow."""
     cases = [s if s in quick else pytest.param(s, marks=pytest.mark.slow) for s in SITES]
     return pytest.mark.parametrize("site", cases)
+
+
+def refused_when_old() -> Any:
+    """Several sequences of a prompt with several images: what old transformers mixes up."""
+    if not OLD:
+        return nullcontext()
+    return pytest.raises(vtprune.UnsupportedError, match="mixes up the images")
 
 
 def wrapped(pair: Pair, site: str) -> vtprune.Handle:
@@ -85,7 +94,7 @@ def test_keep_all_is_the_unwrapped_model(family: str, loaded: Pair, site: str) -
 def test_a_row_of_the_batch_equals_the_row_alone(loaded: Pair, site: str) -> None:
     model, processor = loaded
     inputs = batch(processor, "ragged")
-    with wrapped(loaded, site):
+    with wrapped(loaded, site), refused_when_old():
         together = new_ids(model, inputs, num_beams=2)
         for row in range(2):
             single = new_ids(model, alone(processor, "ragged", row), num_beams=2)
@@ -98,8 +107,9 @@ def test_two_sequences_of_each_prompt(loaded: Pair, site: str) -> None:
     inputs = batch(processor, "ragged")
     with wrapped(loaded, site):
         greedy = new_ids(model, inputs)
-        twice = new_ids(model, inputs, do_sample=True, top_k=1, num_return_sequences=2)
-    assert torch.equal(twice, greedy.repeat_interleave(2, dim=0))
+        with refused_when_old():
+            twice = new_ids(model, inputs, do_sample=True, top_k=1, num_return_sequences=2)
+            assert torch.equal(twice, greedy.repeat_interleave(2, dim=0))
 
 
 @sites("decoder", "both")

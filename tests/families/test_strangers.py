@@ -10,6 +10,7 @@ import torch
 import transformers as hf
 
 import vtprune
+from tests.engine.test_generation import OLD
 from tests.families import strangers
 from tests.families.batches import decoded, new_ids
 from tests.families.reference import Reference
@@ -27,6 +28,8 @@ MROPE = {"glm4v"}
 
 @pytest.fixture(scope="module", params=strangers.BUILD)
 def name(request: pytest.FixtureRequest) -> str:
+    if request.param == "vipllava" and OLD:
+        pytest.skip("transformers before 5.19 does not run it, wrapped or not")
     return request.param
 
 
