@@ -11,6 +11,7 @@ from torch import Tensor
 
 import vtprune
 from tests import tiny
+from tests.probes import generate
 from vtprune.engine import compaction, encoder
 from vtprune.registry import build, strategy_class, strategy_names
 from vtprune.types import Budget, Signals, Strategy
@@ -31,18 +32,6 @@ class Ragged(Strategy):
 
     def score(self, signals: Signals) -> Tensor:
         return signals.tokens.norm(dim=-1)
-
-
-def generate(model, inputs, n: int = 10, **options):
-    out = model.generate(
-        **inputs,
-        max_new_tokens=n,
-        do_sample=False,
-        output_logits=True,
-        return_dict_in_generate=True,
-        **options,
-    )
-    return out.sequences[:, inputs["input_ids"].shape[1] :], torch.stack(out.logits, 1)
 
 
 def assert_masks_only(model, inputs, strategy, policy, keep=9, **options) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import Any, cast
 
 import pytest
@@ -11,35 +10,17 @@ from torch import Tensor
 
 import vtprune
 from tests import tiny
+from tests.probes import Spy
 from vtprune.engine import tap
 from vtprune.engine.signals import instruction_text
 from vtprune.types import (
     ClsRow,
-    Facts,
     InstructionText,
     Keys,
-    Need,
     Received,
-    Signals,
-    Strategy,
     TowerNeed,
 )
 from vtprune.vlm_adapters.llava import Llava
-
-
-@dataclass(frozen=True)
-class Spy(Strategy):
-    """Keeps the received signals for the test to look at."""
-
-    wanted: tuple[Need, ...] = ()
-    seen: list[Signals] = field(default_factory=list)
-
-    def needs(self, facts: Facts) -> tuple[Need, ...]:
-        return self.wanted
-
-    def score(self, signals: Signals) -> Tensor:
-        self.seen.append(signals)
-        return signals.tokens.norm(dim=-1)
 
 
 def wanted(tower: str) -> tuple[TowerNeed, ...]:

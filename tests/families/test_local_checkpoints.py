@@ -6,24 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from tests.families import prompts
+from tests.probes import generate
 from vtprune.eval import tiny
 
 Pair = tuple[Any, Any]
-
-
-def _answer(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Returns the new ids ``[B, 5]`` and their logits ``[B, 5, V]``."""
-    out = model.generate(
-        **batch,
-        max_new_tokens=5,
-        do_sample=False,
-        return_dict_in_generate=True,
-        output_logits=True,
-    )
-    return out.sequences[:, batch["input_ids"].shape[1] :], torch.stack(out.logits, dim=1)
 
 
 def test_what_is_loaded_is_what_was_saved(built: Pair, loaded: Pair) -> None:
@@ -42,7 +30,7 @@ def test_every_kind_of_batch_is_answered_alike(family: str, built: Pair, loaded:
         for key, value in batches[0].items():
             assert torch.equal(value, batches[1][key]), (kind, key)
         pairs = zip((built[0], loaded[0]), batches, strict=True)
-        (ids, logits), (ids_loaded, _) = (_answer(model, batch) for model, batch in pairs)
+        (ids, logits), (ids_loaded, _) = (generate(model, batch, n=5) for model, batch in pairs)
         assert torch.equal(ids, ids_loaded), kind
         assert logits.isfinite().all(), kind
         assert not set(ids.flatten().tolist()) & set(built[1].tokenizer.all_special_ids), kind
@@ -67,7 +55,7 @@ def test_the_answer_depends_on_the_pixels(family: str, built: Pair) -> None:
     for kind in prompts.kinds(family):
         first, second = (prompts.inputs(processor, kind, seed) for seed in (0, 1))
         assert torch.equal(first["input_ids"], second["input_ids"]), kind
-        change = _answer(model, first)[1][:, 0] - _answer(model, second)[1][:, 0]
+        change = generate(model, first, n=5)[1][:, 0] - generate(model, second, n=5)[1][:, 0]
         assert (change.abs().amax(-1) > 0.1).any(), kind
 
 
@@ -81,7 +69,7 @@ def test_one_image_may_be_given_beside_its_text(built: Pair) -> None:
     batch = processor(images=image, text=text, return_tensors="pt")
     expected = prompts.inputs(processor, "one")
     assert torch.equal(batch["input_ids"], expected["input_ids"])
-    assert torch.equal(_answer(model, dict(batch))[0], _answer(model, expected)[0])
+    assert torch.equal(generate(model, dict(batch), n=5)[0], generate(model, expected, n=5)[0])
 
 
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])

@@ -14,6 +14,7 @@ import torch
 import vtprune
 from tests.families import prompts
 from tests.families.reference import Reference, mixed
+from tests.probes import generate
 from vtprune.errors import VTPruneError
 from vtprune.eval import tiny
 
@@ -43,25 +44,13 @@ def inputs_of(family: str, kind: str) -> dict[str, torch.Tensor]:
     return inputs
 
 
-def generate(model: Any, inputs: dict[str, torch.Tensor], **options: Any) -> Any:
-    out = model.generate(
-        **inputs,
-        max_new_tokens=STEPS,
-        do_sample=False,
-        output_logits=True,
-        return_dict_in_generate=True,
-        **options,
-    )
-    return out.sequences[:, inputs["input_ids"].shape[1] :], torch.stack(out.logits, 1)
-
-
 def check(family: str, kind: str, site: str, attention: str = "sdpa", **options: Any) -> None:
     """Holds a wrapped call against the reference."""
     strategy, keep = SITES[site]
     model, inputs = model_of(family, attention)[0], inputs_of(family, kind)
     wrap = {key: options.pop(key) for key in ("positions", "newlines") if key in options}
     with vtprune.wrap(model, strategy, keep=keep, **wrap) as handle:
-        ids, logits = generate(model, inputs, **options)
+        ids, logits = generate(model, inputs, STEPS, **options)
         assert all(image.kept <= image.tokens for image in handle.report().images)
         fewer = sum(image.kept < image.tokens for image in handle.report().images)
         assert fewer or handle.report().stages
@@ -154,10 +143,10 @@ def _patches(
 def test_keep_all_is_bit_identical(family, kind, site):
     strategy, keep = SITES[site]
     model, inputs = model_of(family)[0], inputs_of(family, kind)
-    ids, logits = generate(model, inputs)
+    ids, logits = generate(model, inputs, STEPS)
     plain = model(**inputs).logits
     with vtprune.wrap(model, strategy, keep=[1.0] * 2 if isinstance(keep, list) else 1.0):
-        kept_ids, kept_logits = generate(model, inputs)
+        kept_ids, kept_logits = generate(model, inputs, STEPS)
         assert torch.equal(ids, kept_ids)
         assert torch.equal(logits, kept_logits)
         assert torch.equal(plain, model(**inputs).logits)

@@ -29,29 +29,15 @@ from tests.families.eager import (
     touched,
     wanted,
 )
+from tests.probes import Spy
 from vtprune.engine import tap
 from vtprune.engine.plan import find_adapter
 from vtprune.eval import tiny
 from vtprune.strategies.fastv import FastV
-from vtprune.types import Facts, Need, Received, Signals, Strategy
+from vtprune.types import Received, Signals
 
 FAMILIES = tiny.names()
 CASES = [(family, kind) for family in FAMILIES for kind in prompts.kinds(family)]
-
-
-@dataclass(frozen=True)
-class Spy(Strategy):
-    """Keeps the received signals for the test to look at."""
-
-    wanted: tuple[Need, ...] = ()
-    seen: list[Signals] = field(default_factory=list)
-
-    def needs(self, facts: Facts) -> tuple[Need, ...]:
-        return self.wanted
-
-    def score(self, signals: Signals) -> Tensor:
-        self.seen.append(signals)
-        return signals.tokens.norm(dim=-1)
 
 
 @dataclass(frozen=True)
