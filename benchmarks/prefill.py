@@ -31,6 +31,15 @@ N = (SIDE // PATCH) ** 2
 WORDS = 32
 
 
+class Processor:
+    """As much of a processor as a strategy guided by text asks for."""
+
+    class tokenizer:
+        """Has no special tokens in ``prompt``."""
+
+        all_special_ids = (0, 1, 2)
+
+
 def build(args: argparse.Namespace) -> Any:
     """Returns the model: a CLIP tower and a Llama decoder of the same width."""
     heads = args.width // 64
@@ -85,7 +94,7 @@ def free(model: Any, pixels: Tensor, short: dict[str, Tensor], keep: int) -> flo
 
 def pruned(model: Any, inputs: dict[str, Any], strategy: str, keep: int) -> float:
     """Returns the milliseconds under a strategy; installing and removing it are not counted."""
-    with vtprune.wrap(model, strategy, keep=keep) as handle:
+    with vtprune.wrap(model, strategy, keep=keep, processor=Processor()) as handle:
         ms = first_token(model, inputs)
     (image,) = handle.report().images
     if image.kept != keep:

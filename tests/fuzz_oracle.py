@@ -23,6 +23,7 @@ import vtprune
 from tests.families import prompts
 from tests.families.reference import Reference
 from tests.families.test_matrix import in_tower, model_of
+from tests.hidden import Watch
 from vtprune.errors import UnsupportedError
 from vtprune.eval import tiny
 from vtprune.registry import strategy_class, strategy_names
@@ -108,12 +109,15 @@ def _rows(rng: random.Random, family: str) -> list[list[tuple[str, int, int]]]:
 @torch.no_grad()
 def run(case: Case) -> str:
     """Returns ``equal`` or ``refused``; raises AssertionError for anything else."""
-    model, inputs = model_of(case.family)[0], case.inputs()
+    (model, processor), inputs = model_of(case.family), case.inputs()
     try:
-        handle = vtprune.wrap(model, case.strategy, keep=case.keep, **case.options)
+        handle = vtprune.wrap(
+            model, case.strategy, keep=case.keep, processor=processor, **case.options
+        )
     except vtprune.ConfigError:
         return "refused"
-    with handle:
+    watch = Watch()
+    with watch.watching(), handle:
         try:
             out = model.generate(
                 **inputs,
@@ -129,7 +133,8 @@ def run(case: Case) -> str:
         made = None
         if mixes and handle.adapter.facts.in_tower:
             made = in_tower(eager, inputs, handle)
-        ids, logits = Reference(eager, inputs, handle, made).greedy(STEPS)
+        with watch.hiding(model, eager):
+            ids, logits = Reference(eager, inputs, handle, made).greedy(STEPS)
     assert torch.equal(out.sequences[:, inputs["input_ids"].shape[1] :], ids), case
     worst = float((torch.stack(out.logits, 1) - logits).abs().max())
     assert worst < 1e-4, (worst, case)

@@ -172,7 +172,13 @@ def test_a_case_must_hold_the_tensors_that_it_declares(toy: Case) -> None:
         check(toy, largest)
 
 
-@pytest.mark.parametrize("name", ["fastervlm", "vtc_cls", "divprune", "visionzip"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("fastervlm", "vtc_cls", "divprune", "visionzip"),
+        *("vispruner", "todre", "prumerge"),
+    ],
+)
 def test_each_output_of_a_shipped_case_is_really_compared(name: str, tmp_path: Path) -> None:
     source = find_cases(SHIPPED / name)[-1]
     adapter = find_adapter(name)

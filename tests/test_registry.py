@@ -99,7 +99,7 @@ def test_an_unknown_strategy(given: str, hint: str) -> None:
     with pytest.raises(ConfigError) as caught:
         build(given)
     message = str(caught.value)
-    assert f"Unknown strategy {given!r}. {hint} Known: divprune, " in message
+    assert f"Unknown strategy {given!r}. {hint} Known: {strategy_names()[0]}, " in message
     with pytest.raises(ConfigError, match="Unknown strategy"):
         vtprune.select(given, keep=1, signals=Signals(torch.ones(1, 4, 2)))
 

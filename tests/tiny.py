@@ -97,6 +97,13 @@ def ragged() -> dict[str, Tensor]:
     return batch(prompt(2, 6, 1, seed=2), prompt(4, 3, 2, seed=3))
 
 
+class Processor:
+    """As much of a processor as a strategy guided by text asks for."""
+
+    class tokenizer:
+        all_special_ids = (PAD, 1, 2)
+
+
 @dataclass
 class Reference:
     """The full-length model, no cache, dropped tokens hidden by a 4-D mask."""

@@ -37,6 +37,14 @@ class LastRow(DecoderNeed):
     """
 
 
+class KeyNorm(DecoderNeed):
+    """L1 norm of each token's keys over all heads, as attention uses them. ``[B, N]`` float32."""
+
+
+class Normed(DecoderNeed):
+    """Hidden states that enter the layer, after the model's last norm. ``[B, N, D]`` float32."""
+
+
 class ClsRow(TowerNeed):
     """Attention of the CLS query to each patch, mean over heads. ``[B, N]`` float32.
 
@@ -55,6 +63,32 @@ class Keys(TowerNeed):
     """Mean over heads of the keys of each patch, as attention uses them. ``[B, N, d]`` float32.
 
     That is after a norm or a rotary embedding of the tower.
+    """
+
+
+class Joint(TowerNeed):
+    """Each patch in the space that a tower shares with its text tower. ``[B, N, d]`` float32.
+
+    Of CLIP: the block's output through the last norm and the visual projection. ``Signals.text``
+    then holds embeddings of that text tower, one for each piece of text.
+    """
+
+
+class WideClsRow(TowerNeed):
+    """As ``ClsRow``, with the block's heads joined into one, as wide as all. ``[B, N]`` float32."""
+
+
+class WideKeys(TowerNeed):
+    """Keys of each patch, those of all heads side by side. ``[B, N, H * d]`` float32."""
+
+
+class Flow(TowerNeed):
+    """Two values of each patch, ``[B, N, 2]`` float32: its relation to CLS, and its score.
+
+    The relation is its share of the attention of the CLS query. The score adds its share of the
+    similarity to the value of CLS (softmax of products of values, without a scale; both are means
+    over heads), and multiplies by the L1 norm of its own value, mean over heads. Without a CLS
+    the mean query and the mean value take its place.
     """
 
 
@@ -97,7 +131,8 @@ class Facts:
     @staticmethod
     def signals_of(*, cls_row: bool) -> frozenset[type]:
         """Returns the signals of an ordinary tower, with or without a CLS token."""
-        kinds = {Received, Keys, InstructionText, LastRow}
+        kinds = {Received, Keys, Flow, InstructionText, LastRow, KeyNorm, Normed}
+        kinds |= {WideKeys, WideClsRow} if cls_row else {WideKeys}
         return frozenset(kinds | {ClsRow} if cls_row else kinds)
 
     def scale(self, layer: int, depth: int) -> int:

@@ -21,13 +21,19 @@ from vtprune.needs import (
     ClsRow,
     DecoderNeed,
     Facts,
+    Flow,
     InstructionText,
+    Joint,
+    KeyNorm,
     Keys,
     LastRow,
     Need,
+    Normed,
     Quantity,
     Received,
     TowerNeed,
+    WideClsRow,
+    WideKeys,
     check_needs,
 )
 from vtprune.selection import Mix, Selection
@@ -37,14 +43,18 @@ __all__ = [
     "ClsRow",
     "DecoderNeed",
     "Facts",
+    "Flow",
     "Inside",
     "InstructionText",
+    "Joint",
     "Keep",
+    "KeyNorm",
     "Keys",
     "LastRow",
     "Mix",
     "Need",
     "Newlines",
+    "Normed",
     "Positions",
     "Quantity",
     "Received",
@@ -54,6 +64,8 @@ __all__ = [
     "Stage",
     "Strategy",
     "TowerNeed",
+    "WideClsRow",
+    "WideKeys",
     "check_needs",
 ]
 
@@ -134,23 +146,34 @@ class Site(Enum):
 
 @dataclass(frozen=True)
 class Inside:
-    """Where in the language model a stage acts.
+    """Where in the language model, or between the blocks of the tower, a stage acts.
 
     Attributes:
         stage: 0-based number of the stage among those of its strategy.
-        layers: 0-based layers before which the strategy's stages act.
-        depth: number of layers.
-        entered: per row the visual tokens that entered the language model.
+        layers: 0-based layers before which the strategy's stages act; blocks after which.
+        depth: number of layers or blocks.
+        entered: per row the visual tokens that entered the language model, or the patches of a
+            tile that are chosen from.
+        starts: per row the tokens before the first visual one, if known.
+        after: per row what is needed of the layers, at the tokens after the last visual one, each
+            with leading dimension ``[M]``.
     """
 
     stage: int
     layers: tuple[int, ...]
     depth: int
     entered: tuple[int, ...]
+    starts: tuple[int, ...] = ()
+    after: tuple[Mapping[Quantity, Tensor], ...] = ()
 
     def of(self, rows: Sequence[int]) -> Inside:
         """Returns the same for some rows."""
-        return replace(self, entered=tuple(self.entered[i] for i in rows))
+        return replace(
+            self,
+            entered=tuple(self.entered[i] for i in rows),
+            starts=tuple(self.starts[i] for i in rows if self.starts),
+            after=tuple(self.after[i] for i in rows if self.after),
+        )
 
 
 @dataclass
@@ -164,7 +187,7 @@ class Signals:
             the language model a row is a sample, all its images together.
         values: the needed quantities, each with leading dimensions ``[B, N]``.
         text: per row the instruction's embeddings ``[M, D]``, if asked for.
-        inside: where a stage inside the language model acts; None for the others.
+        inside: where a stage inside a model acts; None for the others.
         n_prefix: tokens of the tower, CLS first, that a mix may read as sources N, N + 1, ...
     """
 
@@ -211,7 +234,8 @@ class Signals:
 class Stage:
     """One point where a strategy acts: ``needs`` are gathered, then its ``select`` is called.
 
-    ``layer`` is the 0-based layer before which a stage inside the language model acts.
+    ``layer`` is the 0-based layer before which a stage inside the language model acts, or the block
+    of the tower after which one inside the encoder does; None = the block that yields the features.
     """
 
     site: Site

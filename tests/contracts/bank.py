@@ -10,16 +10,22 @@ from torch import Tensor
 from vtprune.types import (
     ClsRow,
     Facts,
+    Flow,
     Inside,
     InstructionText,
+    KeyNorm,
     Keys,
     LastRow,
     Need,
+    Normed,
     Quantity,
     Received,
     Selection,
     Signals,
+    Site,
     Strategy,
+    WideClsRow,
+    WideKeys,
 )
 
 WIDTH = 16
@@ -37,9 +43,15 @@ TOWERS = {
 
 
 def _value(need: Need, batch: int, n: int, generator: torch.Generator) -> Tensor:
-    if isinstance(need, (ClsRow, LastRow, Received)):
+    if isinstance(need, (ClsRow, LastRow, Received, WideClsRow)):
         return torch.randn(batch, n, generator=generator).softmax(-1)
-    if isinstance(need, Keys):
+    if isinstance(need, Flow):
+        return torch.rand(batch, n, 2, generator=generator)
+    if isinstance(need, KeyNorm):
+        return torch.rand(batch, n, generator=generator)
+    if isinstance(need, Normed):
+        return torch.randn(batch, n, WIDTH, generator=generator)
+    if isinstance(need, (Keys, WideKeys)):
         return torch.randn(batch, n, 8, generator=generator)
     raise NotImplementedError(f"Say here what random {need} look like.")
 
@@ -59,9 +71,13 @@ def make_signals(strategy: Strategy, facts: Facts, batch: int, n: int, seed: int
         signals.text = [torch.randn(b + 1, WIDTH, generator=generator) for b in range(batch)]
     read = sorted((need for need in needs if isinstance(need, Quantity)), key=repr)
     signals.values = {need: _value(need, batch, n, generator) for need in read}
-    layers = tuple(stage.layer for stage in stages if stage.layer is not None)
+    layers = tuple(stage.layer or 0 for stage in stages if stage.site is Site.DECODER)
     if layers:
-        signals.inside = Inside(0, layers, facts.decoder_layers, (n,) * batch)
+        after = tuple(
+            {need: _value(need, 1, row + 3, generator)[0] for need in read} for row in range(batch)
+        )
+        entered, starts = (n,) * batch, (2,) * batch
+        signals.inside = Inside(0, layers, facts.decoder_layers, entered, starts, after)
     return signals
 
 
@@ -103,6 +119,12 @@ def same(a: Selection, b: Selection) -> bool:
         return True
     edges = [(m.source, m.target, m.weight) for m in (a.mix, b.mix)]
     return all(torch.equal(x, y) for x, y in zip(*edges, strict=True))
+
+
+def unweighted(selection: Selection) -> Selection:
+    """The selection with all weights of its mix at 1."""
+    mix = selection.mix
+    return replace(selection, mix=mix and replace(mix, weight=torch.ones_like(mix.weight)))
 
 
 def assert_valid(selection: Selection, batch: int, n: int, k: int, facts: Facts) -> None:

@@ -21,6 +21,7 @@ from tests.contracts.bank import (
     constant,
     make_signals,
     same,
+    unweighted,
 )
 from vtprune.errors import UnsupportedError
 from vtprune.registry import build, strategy_class, strategy_names
@@ -28,6 +29,8 @@ from vtprune.types import ClsRow, Facts, Need, Strategy, check_needs
 
 ALL = strategy_names()
 N = 36
+BY_CROP = {"holov"}  # these share the budget among crops, so equal tokens stay far apart
+BY_PAIRS = {"vispruner"}  # of two alike one leaves by its rank, whatever its index
 
 
 def refused(strategy: Strategy, facts: Facts) -> bool:
@@ -233,9 +236,13 @@ def test_equal_tokens_are_kept_from_the_lowest_index_on(name: str, tower: str) -
     drawn = [make_signals(strategy, facts, 2, N, seed) for seed in range(3)]
     decided = [vtprune.select(strategy, keep=9, signals=signals) for signals in drawn]
     equal = [vtprune.select(strategy, keep=9, signals=constant(signals)) for signals in drawn]
-    assert all(same(other, equal[0]) for other in equal[1:])
+    assert all(same(unweighted(other), unweighted(equal[0])) for other in equal[1:])
     if all(torch.equal(other.rows, decided[0].rows) for other in decided[1:]):
         assert torch.equal(equal[0].rows, decided[0].rows)  # it looks at nothing: no ties
+    elif name in BY_PAIRS:
+        assert 0 in equal[0].rows[0]
+    elif name in BY_CROP:
+        assert (equal[0].rows.diff() > 1).all()
     elif equal[0].mix is None:
         assert equal[0].rows.tolist() == [list(range(equal[0].rows.shape[1]))] * 2
     else:

@@ -291,7 +291,7 @@ def test_padding_without_a_mask_is_inferred_as_generate_does(model):
 def test_half_precision(name, dtype):
     model, inputs = tiny.build().to(dtype), tiny.ragged()
     inputs["pixel_values"] = inputs["pixel_values"].to(dtype)
-    with vtprune.wrap(model, name, keep=9) as handle:
+    with vtprune.wrap(model, name, keep=9, processor=tiny.Processor()) as handle:
         logits = model(**inputs).logits
         assert logits.dtype == dtype
         assert handle.index is not None

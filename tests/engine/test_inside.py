@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import pytest
@@ -14,8 +14,10 @@ from tests.probes import generate
 from vtprune.registry import build, strategy_class, strategy_names
 from vtprune.types import (
     Facts,
+    KeyNorm,
     LastRow,
     Mix,
+    Normed,
     Positions,
     Selection,
     Signals,
@@ -26,7 +28,7 @@ from vtprune.types import (
 
 BATCHES = {"one": tiny.one_image, "ragged": tiny.ragged}
 NAMES = [name for name in strategy_names() if strategy_class(name).acts_inside]
-MEAN = {"fastv": 9, "pyramiddrop": 0.5}
+MEAN = {"dart": 9, "fastv": 9, "pyramiddrop": 0.5}
 
 
 @torch.no_grad()
@@ -169,7 +171,7 @@ def test_merged_tokens_are_written_into_their_slots():
 def test_after_a_stage_before_the_language_model(name):
     model, inputs = tiny.build(), tiny.ragged()
     second = build(name)
-    keep = [0.5, 4] if name == "fastv" else [0.5, 0.6]
+    keep = [0.5, 0.6] if name == "pyramiddrop" else [0.5, 4]
     with vtprune.wrap(model, ["divprune", second], keep=keep, positions="keep") as handle:
         ids, _ = generate(model, inputs)
         report = handle.report()
@@ -200,6 +202,51 @@ def test_what_the_last_token_attends_to_equals_eager():
         assert (row - wanted)[visual].abs().max() < 1e-5
         others = full[1][:, :, -1].mean(1)
         assert (row - others)[visual].abs().max() > 1e-3  # one layer off would show
+
+
+@dataclass(frozen=True)
+class Watching(Strategy):
+    """Keeps the signals that it was given before layer 2; the first tokens stay."""
+
+    seen: list[Signals] = field(default_factory=list, hash=False)
+    acts_inside: ClassVar[bool] = True
+
+    def default_layers(self, facts: Facts) -> tuple[int, ...]:
+        return (2,)
+
+    def plan(self, facts: Facts) -> tuple[Stage, ...]:
+        return (Stage(Site.DECODER, (KeyNorm(1), Normed(2)), 2),)
+
+    def select(self, signals: Signals, k: int) -> Selection:
+        self.seen.append(signals)
+        n = signals.n
+        return Selection(torch.arange(k).expand(len(signals.tokens), k), n)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_keys_and_normed_states_equal_eager_behind_the_image_too(attention):
+    inputs = tiny.ragged()
+    eager = tiny.build(attention="eager")
+    out = eager(**inputs, output_hidden_states=True)
+    wanted = {
+        KeyNorm(1): out.past_key_values.layers[1].keys.abs().sum((1, 3)),
+        Normed(2): eager.model.language_model.norm(out.hidden_states[2]),
+    }
+    watching = Watching()
+    with vtprune.wrap(tiny.build(attention=attention), watching, keep=5) as handle:
+        handle.model(**inputs)
+    visual, valid = inputs["input_ids"] == tiny.IMAGE, inputs["attention_mask"].bool()
+    assert len(watching.seen) == 2  # one image in one row, two in the other
+    for signals in watching.seen:
+        b = 0 if signals.n == tiny.N else 1
+        last = int(visual[b].nonzero()[-1])
+        inside = signals.inside
+        assert inside is not None
+        assert inside.starts == (int((valid[b] & (visual[b].cumsum(0) == 0)).sum()),)
+        for need, full in wanted.items():
+            torch.testing.assert_close(signals.values[need][0], full[b, visual[b]])
+            torch.testing.assert_close(inside.after[0][need], full[b, last + 1 :])
+            assert signals.values[need].dtype == torch.float32
 
 
 def test_a_wrong_position_turns_the_oracle_red(monkeypatch):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 import vtprune
 from tests import tiny
+from tests.hidden import Watch
 from tests.probes import generate
 from vtprune.engine import compaction, encoder
 from vtprune.registry import build, strategy_class, strategy_names
@@ -35,10 +36,17 @@ class Ragged(Strategy):
 
 
 def assert_masks_only(model, inputs, strategy, policy, keep=9, **options) -> None:
-    with vtprune.wrap(model, strategy, keep=keep, positions=policy) as handle:
+    processor = tiny.Processor()
+    watch = Watch()
+    with (
+        watch.watching(),
+        vtprune.wrap(model, strategy, keep=keep, positions=policy, processor=processor) as handle,
+    ):
         ids, logits = generate(model, inputs, **options)
         selections = handle.selections
-    wanted_ids, wanted = tiny.Reference.of(model, inputs, selections, policy).greedy(10)
+    with watch.hiding(model, model):
+        reference = tiny.Reference.of(model, inputs, selections, policy)
+    wanted_ids, wanted = reference.greedy(10)
     assert torch.equal(ids, wanted_ids)
     assert (logits - wanted).abs().max() < 1e-4
 
@@ -52,7 +60,7 @@ def test_keep_all_is_bit_identical(name, shape, tower, attention):
     ids, logits = generate(model, inputs)
     plain = model(**inputs).logits
     for keep in (1.0, tiny.N):
-        with vtprune.wrap(model, name, keep=keep) as handle:
+        with vtprune.wrap(model, name, keep=keep, processor=tiny.Processor()) as handle:
             kept_ids, kept_logits = generate(model, inputs)
             assert torch.equal(ids, kept_ids)
             assert torch.equal(logits, kept_logits)
@@ -107,7 +115,7 @@ def test_an_image_does_not_depend_on_its_batch():
         "pixel_values": inputs["pixel_values"][1:],
     }
     for name in NAMES:
-        with vtprune.wrap(model, name, keep=9) as handle:
+        with vtprune.wrap(model, name, keep=9, processor=tiny.Processor()) as handle:
             generate(model, inputs, n=1)
             together = [s.rows for s in handle.selections[1:]]
             generate(model, alone, n=1)

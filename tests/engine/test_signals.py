@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, cast
 
 import pytest
@@ -15,34 +16,55 @@ from vtprune.engine import tap
 from vtprune.engine.signals import instruction_text
 from vtprune.types import (
     ClsRow,
+    Facts,
     InstructionText,
     Keys,
     Received,
+    Site,
+    Stage,
     TowerNeed,
+    WideClsRow,
+    WideKeys,
 )
 from vtprune.vlm_adapters.llava import Llava
 
 
+@dataclass(frozen=True)
+class Inner(Spy):
+    """Does so inside the tower."""
+
+    def plan(self, facts: Facts) -> tuple[Stage, ...]:
+        return (Stage(Site.ENCODER, self.wanted),)
+
+
 def wanted(tower: str) -> tuple[TowerNeed, ...]:
-    needs = [kind(layer) for kind in (Received, Keys) for layer in (0, 1, 2)]
-    return tuple(needs + ([ClsRow(1), ClsRow(2)] if tower == "clip" else []))
+    needs = [kind(layer) for kind in (Received, Keys, WideKeys) for layer in (0, 1, 2)]
+    rows = [ClsRow(1), ClsRow(2), WideClsRow(1), WideClsRow(2)]
+    return tuple(needs + (rows if tower == "clip" else []))
 
 
 def expected(need: TowerNeed, tower: str, pixels: Tensor) -> Tensor:
     """The quantity from an eager copy: probabilities, or the projected keys."""
     vision = tiny.build(tower, "eager").model.vision_tower
     first = int(tower == "clip")
-    keys: list[Tensor] = []
+    projected: list[Tensor] = []
     attention = vision.encoder.layers[need.layer].self_attn
-    hook = attention.k_proj.register_forward_hook(lambda m, i, out: keys.append(out))
+    parts = (attention.q_proj, attention.k_proj)
+    hooks = [x.register_forward_hook(lambda m, i, out: projected.append(out)) for x in parts]
     with torch.no_grad():
         probabilities = vision(pixels, output_attentions=True).attentions[need.layer]
-    hook.remove()
+    for hook in hooks:
+        hook.remove()
+    queries, keys = projected
+    if isinstance(need, WideKeys):
+        return keys[:, first:]
+    if isinstance(need, WideClsRow):
+        return (queries[:, :1] @ keys.mT * 32**-0.5).softmax(-1)[:, 0, 1:]
     if isinstance(need, ClsRow):
         return probabilities[:, :, 0, 1:].mean(1)
     if isinstance(need, Received):
         return probabilities.mean((1, 2))[:, first:]
-    return keys[0].unflatten(-1, (4, 8)).mean(2)[:, first:]
+    return keys.unflatten(-1, (4, 8)).mean(2)[:, first:]
 
 
 def check(tower: str, attention: str = "sdpa") -> None:
@@ -62,6 +84,24 @@ def check(tower: str, attention: str = "sdpa") -> None:
 @pytest.mark.parametrize("tower", ["clip", "siglip"])
 def test_signals_equal_eager(tower, attention):
     check(tower, attention)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("tower", ["clip", "siglip"])
+def test_inside_the_tower_the_block_after_the_features_sees_all_tokens(tower, attention):
+    of_last = [type(need)(3) for need in wanted(tower) if need.layer == 2]
+    needs = (*wanted(tower), *of_last)
+    spy, inputs, model = Inner(wanted=needs), tiny.ragged(), tiny.build(tower, attention)
+    with vtprune.wrap(model, spy, keep=9):
+        for _ in range(2):
+            model.generate(**inputs, max_new_tokens=1)
+    assert len(spy.seen) == 2
+    for signals in spy.seen:
+        assert signals.values.keys() == set(needs)
+        for need in needs:
+            value = signals.values[need]
+            assert value.shape[:2] == (3, tiny.N)
+            assert (value - expected(need, tower, inputs["pixel_values"])).abs().max() < 1e-5, need
 
 
 @pytest.mark.parametrize("tower", ["clip", "siglip"])
@@ -86,9 +126,9 @@ def test_tap_one_layer_off_is_noticed(monkeypatch):
 def test_kept_cls_is_noticed(monkeypatch):
     right = tap.Tap._reduce
 
-    def shifted(self, need, q, k, scale):
+    def shifted(self, *args):
         n_prefix, self.n_prefix = self.n_prefix, 0
-        value = right(self, need, q, k, scale)[:, :-1]
+        value = right(self, *args)[:, :-1]
         self.n_prefix = n_prefix
         return value
 

@@ -21,11 +21,11 @@ from torch import Tensor, nn
 
 from tests.families import batches
 from vtprune.eval import tiny
-from vtprune.types import ClsRow, Keys, Received, TowerNeed
+from vtprune.types import ClsRow, Flow, Keys, Received, TowerNeed, WideClsRow, WideKeys
 
 Batch = dict[str, Tensor]
-# Queries [B, H, S, d], keys [B, Hkv, S, d], probabilities [B, H, S, S].
-Call = tuple[Tensor, Tensor, Tensor]
+# Queries [B, H, S, d], keys and values [B, Hkv, S, d], probabilities [B, H, S, S].
+Call = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,8 @@ def modalities(family: str, kind: str) -> list[str]:
 def wanted(family: str) -> tuple[TowerNeed, ...]:
     """Returns everything that the family's tower can be asked for."""
     tower = TOWERS[family]
-    read = (Received, Keys, ClsRow) if tower.n_prefix else (Received, Keys)
+    read = (Received, Keys, WideKeys, Flow)
+    read = (*read, ClsRow, WideClsRow) if tower.n_prefix else read
     return tuple(need(layer) for layer in tower.readable for need in read)
 
 
@@ -137,10 +138,12 @@ def recording(modules: Sequence[nn.Module]) -> Iterator[dict[nn.Module, list[Cal
     calls: dict[nn.Module, list[Call]] = {module: [] for module in modules}
 
     def recorder(right: Callable[..., Any]) -> Callable[..., Any]:
-        def attend(module: nn.Module, query: Tensor, key: Tensor, *args: Any, **kwargs: Any) -> Any:
-            output, probabilities = right(module, query, key, *args, **kwargs)
+        def attend(
+            module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any
+        ) -> Any:
+            output, probabilities = right(module, query, key, value, *args, **kwargs)
             if module in calls:
-                calls[module].append((query, key, probabilities))
+                calls[module].append((query, key, value, probabilities))
             return output, probabilities
 
         return attend
@@ -167,14 +170,27 @@ def patches(family: str, kind: str, name: str) -> dict[TowerNeed, Tensor]:
         encode(family, kind, name)
     p = tower.n_prefix
     return {
-        need: torch.cat([_quantity(need, *call[1:], p).flatten(0, 1) for call in made])
+        need: torch.cat([_quantity(need, *call, p).flatten(0, 1) for call in made])
         for need in wanted(family)
         if (made := calls[modules[need.layer]])
     }
 
 
-def _quantity(need: TowerNeed, keys: Tensor, probabilities: Tensor, p: int) -> Tensor:
+def _quantity(
+    need: TowerNeed, queries: Tensor, keys: Tensor, values: Tensor, probabilities: Tensor, p: int
+) -> Tensor:
     """One quantity ``[B, N, ...]`` of one call of a module."""
+    if isinstance(need, Flow):
+        whole = keys.new_zeros(len(keys), keys.shape[2], 2)
+        for own in (probabilities[0, 0] > 0).unique(dim=0):  # an image of its sequence
+            at = own.nonzero()[:, 0]
+            whole[:, at[p:]] = flow(queries[:, :, at], keys[:, :, at], values[:, :, at], p)
+        return whole[:, p:]
+    if isinstance(need, (WideKeys, WideClsRow)):
+        wide_q, wide_k = (x.transpose(1, 2).flatten(2) for x in (queries, keys))
+        if isinstance(need, WideKeys):
+            return wide_k[:, p:]
+        return (wide_q[:, 0, None] @ wide_k.mT * wide_k.shape[2] ** -0.5).softmax(-1)[:, 0, p:]
     if isinstance(need, Keys):
         return keys.mean(1)[:, p:]
     if isinstance(need, ClsRow):
@@ -182,6 +198,16 @@ def _quantity(need: TowerNeed, keys: Tensor, probabilities: Tensor, p: int) -> T
     # Several images may share a sequence; each is seen by the queries of its own alone.
     seen = (probabilities > 0).sum((1, 2))
     return (probabilities.sum((1, 2)) / seen)[:, p:]
+
+
+def flow(q: Tensor, k: Tensor, v: Tensor, p: int) -> Tensor:
+    """``Flow`` by its definition, of ``[B, H, S, d]`` each: ``[B, N, 2]``."""
+    query, anchor = (x[:, :, :1] if p else x.mean(2, keepdim=True) for x in (q, v))
+    relation = (query @ k.mT * q.shape[-1] ** -0.5).softmax(-1).mean(1)[:, 0, p:]
+    semantic = (anchor @ v.mT).softmax(-1).mean(1)[:, 0, p:]
+    relation, semantic = (x / x.sum(1, keepdim=True) for x in (relation, semantic))
+    density = v.mean(1).abs().sum(-1)[:, p:]
+    return torch.stack([relation, (relation + semantic) * density], -1)
 
 
 # -- what tokens are made of ---------------------------------------------------------------------
@@ -257,4 +283,4 @@ def last_rows(family: str, kind: str) -> list[Tensor]:
     modules = [layer.self_attn for layer in text.layers]
     with recording(modules) as calls:
         model(**inputs_of(family, kind))
-    return [calls[module][0][2][:, :, -1].mean(1) for module in modules]
+    return [calls[module][0][3][:, :, -1].mean(1) for module in modules]

@@ -14,6 +14,7 @@ import torch
 import vtprune
 from tests.families import prompts
 from tests.families.reference import Reference, mixed
+from tests.hidden import Watch
 from tests.probes import generate
 from vtprune.errors import VTPruneError
 from vtprune.eval import tiny
@@ -22,6 +23,7 @@ FAMILIES = tiny.names()
 # Site -> (strategies, budgets).
 SITES: dict[str, tuple[Any, Any]] = {
     "tower": ("visionzip", 0.4),
+    "tower stages": ("flowcut", 0.4),
     "projector": ("fastervlm", 0.4),
     "decoder": ("fastv", 0.4),
     "decoder stages": ("pyramiddrop", 0.6),
@@ -49,7 +51,8 @@ def check(family: str, kind: str, site: str, attention: str = "sdpa", **options:
     strategy, keep = SITES[site]
     model, inputs = model_of(family, attention)[0], inputs_of(family, kind)
     wrap = {key: options.pop(key) for key in ("positions", "newlines") if key in options}
-    with vtprune.wrap(model, strategy, keep=keep, **wrap) as handle:
+    watch = Watch()
+    with watch.watching(), vtprune.wrap(model, strategy, keep=keep, **wrap) as handle:
         ids, logits = generate(model, inputs, STEPS, **options)
         assert all(image.kept <= image.tokens for image in handle.report().images)
         fewer = sum(image.kept < image.tokens for image in handle.report().images)
@@ -57,7 +60,9 @@ def check(family: str, kind: str, site: str, attention: str = "sdpa", **options:
     made = None
     if any(s.mix is not None for s in handle.selections) and handle.adapter.facts.in_tower:
         made = in_tower(model_of(family, "eager")[0], inputs, handle)
-    wanted_ids, wanted = Reference(model_of(family, "eager")[0], inputs, handle, made).greedy(STEPS)
+    eager = model_of(family, "eager")[0]
+    with watch.hiding(model, eager):
+        wanted_ids, wanted = Reference(eager, inputs, handle, made).greedy(STEPS)
     assert torch.equal(ids, wanted_ids)
     assert (logits - wanted).abs().max() < 1e-4
 

@@ -85,9 +85,9 @@ def test_window_order_is_noticed(kind, monkeypatch):
 def test_a_kept_cls_is_noticed(family, monkeypatch):
     right = tap.Tap._reduce
 
-    def shifted(self: tap.Tap, need: Any, q: Tensor, k: Tensor, scale: float | None) -> Tensor:
+    def shifted(self: tap.Tap, *args: Any) -> Tensor:
         self.n_prefix = 0
-        value = right(self, need, q, k, scale)[:, :-1]
+        value = right(self, *args)[:, :-1]
         self.n_prefix = 1
         return value
 
@@ -97,7 +97,7 @@ def test_a_kept_cls_is_noticed(family, monkeypatch):
 
 
 def test_images_in_one_segment_are_noticed(monkeypatch):
-    monkeypatch.setattr(tap.Tap, "_parts", lambda self, q, k, mask: [(q, k)])
+    monkeypatch.setattr(tap.Tap, "_parts", lambda self, q, k, v, mask: [(q, k, v)])
     check("mistral3", "one")
     with pytest.raises(AssertionError):
         check("mistral3", "ragged")

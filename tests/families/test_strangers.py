@@ -20,6 +20,7 @@ SERVED = [
     ("random", 0.5),
     ("strided", 0.5),
     ("fastv", 0.5),
+    ("dart", 0.5),
     ("pyramiddrop", 0.8),
 ]
 # These have position ids with three axes, which stages that renumber cannot count anew.

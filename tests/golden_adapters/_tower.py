@@ -7,8 +7,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from vtprune.kernels.attn_received import attn_received
 from vtprune.kernels.attn_rows import attn_rows
-from vtprune.types import ClsRow, Facts, Keys, Quantity, Signals, Strategy, TowerNeed
+from vtprune.types import ClsRow, Facts, Keys, Quantity, Received, Signals, Strategy, TowerNeed
 
 
 def tower(blocks: int = 24) -> Facts:
@@ -32,6 +33,8 @@ def _value(need: TowerNeed, tensors: Mapping[str, Tensor]) -> Tensor:
     if isinstance(need, ClsRow):
         q, k = tensors[f"in.q{need.layer}"], tensors[f"in.k{need.layer}"]
         return attn_rows(q[:, :, :1], k)[:, 1:]
+    if isinstance(need, Received):
+        return attn_received(tensors[f"in.q{need.layer}"], tensors[f"in.k{need.layer}"])[:, 1:]
     if isinstance(need, Keys):
         return tensors[f"in.k{need.layer}"].mean(1)[:, 1:]
     raise NotImplementedError(f"The recorded tower gives no {need}.")

@@ -39,12 +39,12 @@ def _pack(hidden: Tensor, newline: Tensor, params: dict[str, Any]) -> Tensor:
     height, width = params["grid"]
     grid = hidden[1:].unflatten(1, (height, width)).unflatten(0, (down, across))
     grid = grid.permute(0, 2, 1, 3, 4).flatten(2, 3).flatten(0, 1)  # [rows, columns, C]
-    grid = _unpad(grid, *params["image_size_wh"])
+    grid = unpad(grid, *params["image_size_wh"])
     rows = torch.cat([grid, newline.expand(len(grid), 1, -1)], dim=1)
     return torch.cat([hidden[0], rows.flatten(0, 1)])[None]
 
 
-def _unpad(grid: Tensor, image_width: int, image_height: int) -> Tensor:
+def unpad(grid: Tensor, image_width: int, image_height: int) -> Tensor:
     """Removes the rows or columns that only pad the image to the shape of the grid."""
     height, width = grid.shape[:2]
     if image_width / image_height > width / height:

@@ -61,9 +61,13 @@ class Cut:
         return Cut(index, self.length, moved, behind, bool((counts < n).any()))
 
     def spread(self, x: Tensor, length: int) -> Tensor:
-        """Returns ``x`` ``[B, n]`` at its columns of the prompt, ``[B, length]``; 0 elsewhere."""
-        out = x.new_zeros(len(x), length + 1)
-        out.scatter_(1, torch.where(self.valid, self.index, length), x)
+        """Returns ``x`` ``[B, n, ...]`` at its columns of the prompt, ``[B, length, ...]``.
+
+        Zeros elsewhere.
+        """
+        out = x.new_zeros(len(x), length + 1, *x.shape[2:])
+        rows = torch.arange(len(x), device=x.device)[:, None]
+        out[rows, torch.where(self.valid, self.index, length)] = x
         return out[:, :length]
 
     def gather(self, hidden: Tensor, before: Cut) -> Tensor:

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from vtprune.engine.cuts import Cut, Rotary, is_static
 from vtprune.engine.report import StageReport
 from vtprune.engine.signals import Images, Step, decide
-from vtprune.engine.tap import Rows, reading
+from vtprune.engine.tap import KeyNorms, Rows, reading
 from vtprune.errors import UnsupportedError
-from vtprune.types import DecoderNeed, Inside, Selection
+from vtprune.types import DecoderNeed, Inside, KeyNorm, Normed, Selection
 
 
 @dataclass
@@ -32,7 +32,7 @@ class Decoding:
     Attributes:
         valid, visual: ``[B, L]`` bool, columns of the prompt that are tokens, and visual ones.
         cuts: by layer, what is left from that layer on.
-        rows: what was read, ``[B, L]`` over the columns of the prompt.
+        rows: what was read, ``[B, L, ...]`` over the columns of the prompt.
         left: what the stages did, for the report.
     """
 
@@ -165,7 +165,7 @@ class Layers:
         cut_kwargs = kwargs if cut is None else cut.prompt(kwargs, hidden, rotary)
         for need in self.needs:
             if need.layer == number:
-                decoding.rows[need] = self._read(decoding, cut, number, hidden, cut_kwargs)
+                decoding.rows[need] = self._read(decoding, cut, need, hidden, cut_kwargs)
         step = self.steps.get(number)
         if step is None:
             return (hidden,), cut_kwargs
@@ -179,17 +179,23 @@ class Layers:
         self,
         decoding: Decoding,
         cut: Cut | None,
-        number: int,
+        need: DecoderNeed,
         hidden: Tensor,
         kwargs: dict[str, Any],
     ) -> Tensor:
-        """Runs the attention of a layer up to its queries and keys; ``[B, L]`` over the prompt."""
+        """Returns what is needed of the layer that comes now, ``[B, L, ...]`` over the prompt."""
         columns = Cut.whole(decoding.valid) if cut is None else cut
-        layer: Any = self.layers[number]
-        rows = Rows(layer.self_attn, columns.valid)
-        with torch.no_grad(), reading(rows), rows.only():
+        length = decoding.valid.shape[1]
+        if isinstance(need, Normed):
+            with torch.no_grad():
+                normed = self.model.norm(hidden).to(hidden.device, torch.float32)
+            return columns.spread(normed, length)
+        layer: Any = self.layers[need.layer]
+        reader = KeyNorms if isinstance(need, KeyNorm) else Rows
+        rows = reader(layer.self_attn, columns.valid)
+        with torch.no_grad(), reading(rows), rows.only():  # as far as its queries and keys
             layer.self_attn(layer.input_layernorm(hidden), **{**kwargs, "past_key_values": None})
-        return columns.spread(rows.value(), decoding.valid.shape[1])
+        return columns.spread(rows.value(), length)
 
     def _stage(
         self, decoding: Decoding, step: Step, cut: Cut | None, hidden: Tensor
@@ -224,11 +230,18 @@ class Layers:
         spots: dict[int, Tensor],
     ) -> list[Selection]:
         stages = [n for n, other in self.steps.items() if other.strategy is step.strategy]
+        needs = [need for need in step.stage.quantities if isinstance(need, DecoderNeed)]
+        later = {b: _after(columns.valid[b], places) for b, places in spots.items()}
         inside = Inside(
             stages.index(step.stage.layer or 0),
             tuple(stages),
             len(self.layers),
             tuple(int(decoding.visual[b].sum()) for b in spots),
+            tuple(int(columns.valid[b, : int(places[0])].sum()) for b, places in spots.items()),
+            tuple(
+                {need: decoding.rows[need][b, columns.index[b, places]] for need in needs}
+                for b, places in later.items()
+            ),
         )
         images = Images(
             [hidden[b, places] for b, places in spots.items()],
@@ -237,14 +250,19 @@ class Layers:
                 need: [
                     decoding.rows[need][b, columns.index[b, places]] for b, places in spots.items()
                 ]
-                for need in step.stage.quantities
-                if isinstance(need, DecoderNeed)
+                for need in needs
             },
             None,
             [Selection.all(1, len(places), places.device) for places in spots.values()],
             inside,
         )
         return decide(step, images) if spots else []
+
+
+def _after(valid: Tensor, places: Tensor) -> Tensor:
+    """Returns where the tokens after the last of ``places`` are, ``[M]``."""
+    first = int(places[-1]) + 1
+    return first + valid[first:].nonzero()[:, 0]
 
 
 def _device(layer: nn.Module, hidden: Tensor) -> torch.device:

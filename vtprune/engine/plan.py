@@ -10,6 +10,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from vtprune.engine.signals import Step, select_group
+from vtprune.engine.text_tower import TextTower
 from vtprune.engine.wrap import Handle
 from vtprune.errors import ConfigError, InputError, UnsupportedError
 from vtprune.registry import adapter_classes, build, unknown
@@ -17,6 +18,7 @@ from vtprune.types import (
     Budget,
     DecoderNeed,
     Facts,
+    Joint,
     Keep,
     Newlines,
     Positions,
@@ -60,7 +62,8 @@ def wrap(
         newlines: ``keep`` the tokens that end a row of a tiled image, or let them leave with the
             last token of their ``row``; default as the authors. ``keep=`` never counts them.
         processor: needed by text-guided strategies, to tell words from special tokens.
-        text_encoder: CLIP's text tower, for strategies that use it.
+        text_encoder: for strategies with ``tower=True``: the ``CLIPModel`` that the vision tower
+            was taken from, and its tokenizer.
         **options: fields of the strategy.
 
     Raises:
@@ -73,21 +76,22 @@ def wrap(
         raise ConfigError(
             f"reduce={reduce} is for merging inside a ViT; for {facts.family} say keep= instead."
         )
-    if text_encoder is not None:
-        raise ConfigError("text_encoder was given, but no strategy here reads it; leave it out.")
+    text_tower = None if text_encoder is None else TextTower(text_encoder, model)
     listed: list[Any] = list(strategy) if isinstance(strategy, (list, tuple)) else [strategy]
     if not listed:
         raise ConfigError("strategy=[] names none; give at least one.")
     if len(listed) > 1 and (options or layers is not None):
         raise ConfigError("Options and layers of several strategies go on their instances.")
     chosen = [_with_layers(build(s, **options), layers) for s in listed]
+    facts = _with_text(chosen, facts, text_tower)
     steps = _steps(chosen, _budgets(keep, len(chosen)), facts, _policy(positions, facts))
     if processor is None and any(step.stage.reads_text for step in steps):
         raise ConfigError(
             f"{chosen[0].name} reads the instruction; pass processor= (the model's own), so that "
             "words can be told from special tokens."
         )
-    return Handle(model, adapter, steps, processor, _newlines(newlines, chosen, adapter))
+    lines = _newlines(newlines, chosen, adapter)
+    return Handle(model, adapter, steps, processor, lines, text_tower)
 
 
 def select(
@@ -187,10 +191,11 @@ def _steps(
         if facts.n_tokens is not None and not strategy.acts_inside:
             budget.check(facts.n_tokens)
         strategy.check_budget(budget, facts)
+        earlier = list(steps)
         for stage in strategy.plan(facts):
             check_needs(stage.needs, facts, strategy.name)
             _check_order(strategy, stage, steps)
-            if stage.site is Site.ENCODER and steps:
+            if stage.site is Site.ENCODER and earlier:
                 raise UnsupportedError(
                     f"{strategy.name} works inside the encoder, so it must come first in the list."
                 )
@@ -218,7 +223,8 @@ def _steps(
 
 def _check_order(strategy: Strategy, stage: Stage, before: Sequence[Step]) -> None:
     """Raises ConfigError for a stage that comes after one that acts later in the model."""
-    last = max((step.stage.layer for step in before if step.stage.layer is not None), default=None)
+    decoding = [step.stage.layer or 0 for step in before if step.stage.site is Site.DECODER]
+    last = max(decoding, default=None)
     if last is None or (stage.layer is not None and stage.layer > last):
         return
     where = "before" if stage.layer is None else f"before layer {stage.layer} of"
@@ -226,6 +232,29 @@ def _check_order(strategy: Strategy, stage: Stage, before: Sequence[Step]) -> No
         f"{strategy.name} acts {where} the language model, but comes after a stage before its "
         f"layer {last}. List the strategies in the order in which they act, each at its own layer."
     )
+
+
+def _with_text(chosen: Sequence[Strategy], facts: Facts, tower: TextTower | None) -> Facts:
+    """Returns the facts with what a text tower adds.
+
+    Raises:
+        ConfigError: one is missing, or read by none or only by some that read the instruction.
+    """
+    stages = [stage for strategy in chosen for stage in strategy.plan(facts)]
+    joint = [any(isinstance(need, Joint) for need in stage.needs) for stage in stages]
+    if any(joint) and tower is None:
+        raise ConfigError(
+            "tower=True needs CLIP's text tower; pass text_encoder=(clip, its_tokenizer), or leave "
+            "tower out to compare with the language model's embeddings."
+        )
+    if tower is not None and not any(joint):
+        raise ConfigError("text_encoder was given, but no strategy here reads it; leave it out.")
+    if any(joint) and any(s.reads_text and not j for s, j in zip(stages, joint, strict=True)):
+        raise ConfigError(
+            "One strategy reads the instruction by a text tower, another by the language model's "
+            "embeddings. Give tower=True to all of them or to none."
+        )
+    return facts if tower is None else replace(facts, signals=facts.signals | {Joint})
 
 
 def _policy(given: Positions | None, facts: Facts) -> Positions | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -41,7 +41,8 @@ class Images:
     ``tokens`` change from stage to stage; ``values`` follow the survivors; ``kept`` maps them to
     the positions before the first stage. Inside the language model the samples take the place of
     the images, and ``inside`` says where. ``budgets`` take the place of the step's,
-    and a mix may read ``n_prefix`` tokens after those of an image.
+    and a mix may read ``n_prefix`` tokens after those of an image. Of tiles ``owners`` says which
+    image each is a part of.
     """
 
     tokens: list[Tensor]
@@ -52,6 +53,7 @@ class Images:
     inside: Inside | None = None
     budgets: Sequence[Budget] | None = None
     n_prefix: int = 0
+    owners: Sequence[int] | None = None
 
     def and_also(self, others: Images) -> Images:
         """Returns these images and, after them, the others, with the same quantities."""
@@ -90,10 +92,11 @@ def decide(step: Step, images: Images) -> list[Selection]:
 
 def _signals(step: Step, images: Images, members: Sequence[int]) -> Signals:
     tokens = torch.stack([images.tokens[i] for i in members])
+    owners = members if images.owners is None else [images.owners[i] for i in members]
     return Signals(
         tokens,
         images.grids[members[0]],
-        torch.tensor(members, device=tokens.device),
+        torch.tensor(owners, device=tokens.device),
         {
             need: torch.stack([images.values[need][i] for i in members])
             for need in step.stage.quantities
@@ -169,7 +172,11 @@ def _matrix(selection: Selection, width: int) -> Tensor:
 
 
 def instruction_text(
-    ids: Tensor, valid: Tensor, visual: Tensor, special: Sequence[int], embed: torch.nn.Module
+    ids: Tensor,
+    valid: Tensor,
+    visual: Tensor,
+    special: Sequence[int],
+    embed: Callable[[Tensor], Tensor],
 ) -> list[Tensor]:
     """Embeds the instruction words of each sample, ``[M_b, D]``.
 

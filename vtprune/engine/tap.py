@@ -20,11 +20,15 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from vtprune.errors import HookError, UnsupportedError
 from vtprune.kernels.attn_received import attn_received
 from vtprune.kernels.attn_rows import attn_rows
-from vtprune.types import ClsRow, Keys, Received, TowerNeed
+from vtprune.types import ClsRow, Flow, Keys, Received, TowerNeed, WideClsRow, WideKeys
 
 _reading: ContextVar[Tap | Rows | None] = ContextVar("vtprune_tap", default=None)
 _users: Counter[str] = Counter()
 _previous: dict[str, Callable[..., Any] | None] = {}
+
+
+class Enough(Exception):
+    """Ends the call of a block whose queries and keys are all that is wanted of it."""
 
 
 class Tap:
@@ -43,10 +47,11 @@ class Tap:
         n_prefix: int,
         segments: Sequence[int] | None = None,
     ) -> None:
-        self.wanted = wanted
+        self.wanted: dict[nn.Module, Sequence[TowerNeed]] = dict(wanted)
         self.n_prefix = n_prefix
         self.segments = list(segments or ())
         self._read: dict[TowerNeed, list[Tensor]] = {}
+        self._ahead: nn.Module | None = None
 
     def reads(self, module: nn.Module) -> bool:
         """Returns whether something is wanted of ``module``."""
@@ -54,18 +59,37 @@ class Tap:
 
     @torch.no_grad()
     def read(
-        self, module: nn.Module, q: Tensor, k: Tensor, mask: Tensor | None, scale: float | None
+        self,
+        module: nn.Module,
+        q: Tensor,
+        k: Tensor,
+        mask: Tensor | None,
+        scale: float | None,
+        v: Tensor | None = None,
     ) -> None:
-        """Reduces ``q``, ``k`` ``[B, H, S, d]`` to what is wanted of ``module``."""
-        for queries, keys in self._parts(q, k, mask):
+        """Reduces ``q``, ``k``, ``v`` ``[B, H, S, d]`` to what is wanted of ``module``."""
+        for queries, keys, values in self._parts(q, k, k if v is None else v, mask):
             for need in self.wanted[module]:
-                value = self._reduce(need, queries, keys, scale)
+                value = self._reduce(need, queries, keys, values, scale)
                 self._read.setdefault(need, []).append(value.flatten(0, 1))
+        if module is self._ahead:
+            raise Enough
 
-    def _parts(self, q: Tensor, k: Tensor, mask: Tensor | None) -> list[tuple[Tensor, Tensor]]:
-        """Queries and keys of what attends to itself alone."""
+    @contextmanager
+    def ahead(self, module: nn.Module) -> Iterator[None]:
+        """Reads ``module`` inside, where its call ends with that, and not when its turn comes."""
+        self._ahead = module
+        with suppress(Enough):
+            yield
+        self._ahead = None
+        self.wanted.pop(module, None)
+
+    def _parts(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
+    ) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Queries, keys and values of what attends to itself alone."""
         if len(self.segments) > 1 and q.shape[2] == sum(self.segments):
-            pieces = (x.split(self.segments, dim=2) for x in (q, k))
+            pieces = (x.split(self.segments, dim=2) for x in (q, k, v))
             return list(zip(*pieces, strict=True))
         if mask is not None and not self.segments and bool(_hidden(mask).any()):
             raise UnsupportedError(
@@ -73,15 +97,23 @@ class Tap:
                 "does not follow. Give images that fill their tiles, or use a strategy that reads "
                 "no attention, such as 'divprune'."
             )
-        return [(q, k)]
+        return [(q, k, v)]
 
-    def _reduce(self, need: TowerNeed, q: Tensor, k: Tensor, scale: float | None) -> Tensor:
+    def _reduce(
+        self, need: TowerNeed, q: Tensor, k: Tensor, v: Tensor, scale: float | None
+    ) -> Tensor:
+        if isinstance(need, Flow):
+            return _flow(q, k, v, scale, self.n_prefix)
         if isinstance(need, ClsRow):
             return attn_rows(q[:, :, :1], k, scale=scale)[:, self.n_prefix :]
         if isinstance(need, Received):
             return attn_received(q, k, scale=scale)[:, self.n_prefix :]
         if isinstance(need, Keys):
             return k.float().mean(1)[:, self.n_prefix :]
+        if isinstance(need, WideClsRow):
+            return attn_rows(_wide(q[:, :, :1]), _wide(k))[:, self.n_prefix :]
+        if isinstance(need, WideKeys):
+            return _wide(k)[:, 0, self.n_prefix :].float()
         raise HookError(f"The tap cannot read {need}.")
 
     def value(self, need: TowerNeed) -> Tensor:
@@ -97,6 +129,32 @@ class Tap:
             )
         return torch.cat(self._read[need])
 
+    def take(self, need: TowerNeed) -> Tensor:
+        """Returns ``value(need)`` and forgets it."""
+        value = self.value(need)
+        del self._read[need]
+        return value
+
+    def put(self, need: TowerNeed, value: Tensor) -> None:
+        """Makes ``value`` ``[P, ...]`` what was read."""
+        self._read[need] = [value]
+
+
+def _flow(q: Tensor, k: Tensor, v: Tensor, scale: float | None, n_prefix: int) -> Tensor:
+    """Returns ``Flow`` of each patch: ``[B, N, 2]`` float32."""
+    query, anchor = (x[:, :, :1] if n_prefix else x.float().mean(2, keepdim=True) for x in (q, v))
+    relation = attn_rows(query, k, scale=scale)[:, n_prefix:]
+    semantic = attn_rows(anchor, v, scale=1.0)[:, n_prefix:]
+    density = v.float().mean(1).norm(1, dim=-1)[:, n_prefix:]
+    tiny = torch.finfo(torch.float32).tiny
+    relation, semantic = (x / x.sum(1, keepdim=True).clamp(min=tiny) for x in (relation, semantic))
+    return torch.stack([relation, (relation + semantic) * density], dim=-1)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """Puts the heads of ``[B, H, S, d]`` side by side: ``[B, 1, S, H * d]``."""
+    return x.transpose(1, 2).flatten(2)[:, None]
+
 
 def _hidden(mask: Tensor) -> Tensor:
     return ~mask.bool() if mask.dtype == torch.bool or mask.ndim == 2 else mask < 0
@@ -110,24 +168,30 @@ class Rows:
         valid: ``[B, n]`` bool, which of its columns are tokens.
     """
 
-    class _Enough(Exception):
-        pass
-
     def __init__(self, module: nn.Module, valid: Tensor) -> None:
         self.module, self.valid = module, valid
         self._value: Tensor | None = None
 
     def read(
-        self, module: nn.Module, q: Tensor, k: Tensor, mask: Tensor | None, scale: float | None
+        self,
+        module: nn.Module,
+        q: Tensor,
+        k: Tensor,
+        mask: Tensor | None,
+        scale: float | None,
+        v: Tensor | None = None,
     ) -> None:
-        """Reduces ``q`` ``[B, H, n, d]`` and ``k`` ``[B, Hkv, n, d]`` to ``[B, n]``, pads 0."""
-        value = torch.zeros(self.valid.shape, device=q.device)
+        """Reduces ``q`` ``[B, H, n, d]`` and ``k`` ``[B, Hkv, n, d]`` to ``[B, n]``."""
+        self._value = self._reduce(q, k, scale)
+        raise Enough
+
+    def _reduce(self, q: Tensor, k: Tensor, scale: float | None) -> Tensor:
+        value = torch.zeros(self.valid.shape, device=q.device)  # of padding 0
         for b, row in enumerate(self.valid):
             spots = row.nonzero()[:, 0]
             last = q[b : b + 1, :, spots[-1:]]
             value[b, spots] = attn_rows(last, k[b : b + 1, :, spots], scale=scale)[0]
-        self._value = value
-        raise Rows._Enough
+        return value
 
     def reads(self, module: nn.Module) -> bool:
         """Returns whether it is this module that is read."""
@@ -136,7 +200,7 @@ class Rows:
     @contextmanager
     def only(self) -> Iterator[None]:
         """Ends the call of the module once its queries and keys were read."""
-        with suppress(Rows._Enough):
+        with suppress(Enough):
             yield
 
     def value(self) -> Tensor:
@@ -151,6 +215,13 @@ class Rows:
                 "language model whose attention is sdpa or eager."
             )
         return self._value
+
+
+class KeyNorms(Rows):
+    """Reads the L1 norm of each token's keys in one module, then stops it."""
+
+    def _reduce(self, q: Tensor, k: Tensor, scale: float | None) -> Tensor:
+        return k.float().abs().sum((1, 3))
 
 
 @contextmanager
@@ -191,7 +262,7 @@ def _pass_through(original: Callable[..., Any] | None) -> Callable[..., Any]:
         tap = _reading.get()
         if tap is not None and tap.reads(module):
             _refuse_changed(module, kwargs)
-            tap.read(module, query, key, attention_mask, kwargs.get("scaling"))
+            tap.read(module, query, key, attention_mask, kwargs.get("scaling"), value)
         forward = original or sys.modules[type(module).__module__].eager_attention_forward
         return forward(module, query, key, value, attention_mask, *args, **kwargs)
 

@@ -31,6 +31,7 @@ from vtprune.engine.layers import Decoding, Layers
 from vtprune.engine.positions import Continuation
 from vtprune.engine.report import ImageReport, Report
 from vtprune.engine.signals import Step, instruction_text
+from vtprune.engine.text_tower import TextTower
 from vtprune.errors import UnsupportedError
 from vtprune.types import Newlines, Positions, Selection, Site
 from vtprune.vlm_adapters._base import VLMAdapter
@@ -66,6 +67,7 @@ class Handle:
         steps: Sequence[Step],
         processor: Any = None,
         newlines: Newlines = "keep",
+        text_tower: TextTower | None = None,
     ) -> None:
         _refuse_overlap(model)
         self.model, self.adapter, self.steps = model, adapter, tuple(steps)
@@ -76,7 +78,7 @@ class Handle:
         self.timing = False
         self.selections: list[Selection] = []
         self.index: Tensor | None = None
-        self._processor = processor
+        self._processor, self._text_tower = processor, text_tower
         self._items: Sequence[Item] = ()
         self._prompt: Prompt | None = None
         self._decoding: Decoding | None = None
@@ -270,7 +272,8 @@ class Handle:
         with self._clock("encode"):
             reads_text = any(step.stage.reads_text for step in self.outside)
             text = self._text(ids, valid) if reads_text else None
-            encoded = encode(self.adapter, self.outside, batch, text, self.newlines)
+            tower = self._text_tower
+            encoded = encode(self.adapter, self.outside, batch, text, self.newlines, tower)
             prompt = shorten(ids, valid, encoded.items, encoded.selections)
         self.selections, self._items = encoded.selections, encoded.items
         self._prompt, self.index = prompt, prompt.index
@@ -283,9 +286,12 @@ class Handle:
 
     def _text(self, ids: Tensor, valid: Tensor) -> Callable[[Sequence[Item]], list[Tensor]]:
         def per_item(items: Sequence[Item]) -> list[Tensor]:
-            special = self._processor.tokenizer.all_special_ids
-            embed = self.model.get_input_embeddings()
-            texts = instruction_text(ids, valid, visual(self.adapter, ids), special, embed)
+            tokenizer, tower = self._processor.tokenizer, self._text_tower
+            embed: Any = self.model.get_input_embeddings() if tower is None else lambda ids: ids
+            special, images = tokenizer.all_special_ids, visual(self.adapter, ids)
+            texts = instruction_text(ids, valid, images, special, embed)
+            if tower is not None:
+                texts = tower.words([tokenizer.decode(words.tolist()) for words in texts])
             return [texts[row] for row in rows_of(ids, items)]
 
         return per_item

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from vtprune.types import ClsRow, Facts, Need, Received, Signals
+from vtprune.types import ClsRow, Facts, Need, Received, Signals, WideClsRow, WideKeys
 
 
 def salience_needs(layers: Sequence[int], facts: Facts) -> tuple[Need, ...]:
@@ -18,3 +18,17 @@ def salience_needs(layers: Sequence[int], facts: Facts) -> tuple[Need, ...]:
 def salience(signals: Signals) -> Tensor:
     """Returns the salience of each patch, summed over the layers read: ``[B, N]`` float32."""
     return signals.stack(ClsRow, Received).sum(0)
+
+
+def wide_needs(layer: int, facts: Facts) -> tuple[Need, ...]:
+    """Returns the needs of one attention head as wide as the tower: salience and keys.
+
+    Without a CLS the salience is attention received, of the heads as they are.
+    """
+    kind = WideClsRow if facts.has_cls else Received
+    return kind(layer), WideKeys(layer)
+
+
+def wide(signals: Signals) -> tuple[Tensor, Tensor]:
+    """Returns what ``wide_needs`` gives: salience ``[B, N]`` and keys ``[B, N, d]``, float32."""
+    return signals.stack(WideClsRow, Received)[-1], signals.stack(WideKeys)[-1]

@@ -1,0 +1,193 @@
+"""Steps inside the vision tower: on the block that yields the features, or on the way to it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vtprune.engine.items import Item, join, n_patches, sources
+from vtprune.engine.signals import Images, Step, decide, refuse_orphans
+from vtprune.engine.tap import Tap
+from vtprune.engine.tower import Blocks, Climb
+from vtprune.errors import HookError, UnsupportedError
+from vtprune.types import Budget, Joint, Selection, TowerNeed
+from vtprune.vlm_adapters._base import Batch, Modality, VLMAdapter, square
+
+
+class BlockReducer:
+    """Applies encoder steps: one to the block that yields the features, or several on the way.
+
+    Survivors are written into a full-length buffer at their slots, so that the projector and the
+    packer run on what they know; ``survivors`` then picks exactly those tokens. A row of the tower
+    is a tile or a frame, and gets its share of its item's budget. Patches that the packer leaves
+    out (the padding of a tile) are not chosen from.
+    """
+
+    def __init__(
+        self,
+        adapter: VLMAdapter,
+        modality: Modality,
+        batch: Batch,
+        tap: Tap,
+        steps: Sequence[Step],
+    ) -> None:
+        self.adapter, self.modality, self.batch, self.tap = adapter, modality, batch, tap
+        self.steps, self.step = steps, steps[0]
+        self.block = adapter.facts.feature_block
+        layer = self.step.stage.layer
+        self.first = self.block if layer is None else layer
+        self.chosen: list[Selection] | None = None
+        self.spots: list[Tensor] = []
+        self.owners: list[Tensor] = []
+        self.width = 0
+        self.climb: Climb | None = None
+
+    @contextmanager
+    def hooked(self) -> Iterator[None]:
+        blocks = self.adapter.blocks(self.modality)
+        hooks = [(self.block, self._reduce)]
+        if self.first < self.block:
+            hooks = [(self.first, self._climb), (self.block, self._arrive)]
+        with ExitStack() as undo:
+            for number, hook in hooks:
+                # Ahead of transformers' own capture of hidden states, which a used model has.
+                handle = blocks[number].register_forward_hook(hook, prepend=True, with_kwargs=True)
+                undo.callback(handle.remove)
+            yield
+        if self.chosen is None:
+            name = type(blocks[self.block]).__name__
+            raise HookError(f"{name} was never called; nothing was reduced.")
+
+    def _locate(self, output: Tensor) -> list[int]:
+        """Finds the patches that may be chosen; returns the tiles that have any."""
+        tiles, p = len(output), self.adapter.n_prefix
+        self.width = output.shape[1] - p
+        n = n_patches(output, p)
+        self.owners = sources(self.adapter, self.modality, n, self.batch, output.device)
+        used = torch.zeros(tiles * self.width, dtype=torch.bool, device=output.device)
+        owned = torch.cat(self.owners)
+        used[owned[owned >= 0]] = True
+        self.spots = [row.nonzero()[:, 0] for row in used.view(tiles, self.width)]
+        return [b for b, spots in enumerate(self.spots) if len(spots)]
+
+    def _climb(
+        self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Tensor
+    ) -> Tensor | None:
+        """Goes on to the features as tokens leave; one patch passes through the tower meanwhile."""
+        busy = self._locate(output)
+        budgets = dict(zip(busy, self._budgets(busy), strict=True))
+        if all(budget.count(n := len(self.spots[b])) == n for b, budget in budgets.items()):
+            self.chosen = [Selection.all(1, len(spots), spots.device) for spots in self.spots]
+            return None
+        if any(isinstance(x, Tensor) for x in (*args[1:], *kwargs.values())):
+            raise UnsupportedError(
+                f"{type(module).__name__} was given a mask or positions, which do not get shorter "
+                "with the tokens. Use a strategy that acts after the tower."
+            )
+        blocks = Blocks(
+            self.adapter.blocks(self.modality)[: self.block + 1],
+            lambda block, states: block.forward(states, *args[1:], **kwargs),
+            self.tap,
+            self.adapter.n_prefix,
+        )
+        images = {b: i for i, owner in enumerate(self.owners) for b in self._tiles(owner)}
+        self.climb = Climb(blocks, self.steps, output, self.spots, budgets, images)
+        self.chosen = self.climb.chosen()
+        return output[:, : self.adapter.n_prefix + 1]
+
+    def _arrive(
+        self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Tensor
+    ) -> Tensor | None:
+        return None if self.climb is None else self.climb.features()
+
+    def _reduce(
+        self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Tensor
+    ) -> Tensor:
+        p = self.adapter.n_prefix
+        if any(need.layer > self.block for need in self.step.stage.tower_needs):
+            self._look_ahead(output, args, kwargs)
+        busy, tiles, width = self._locate(output), len(output), self.width
+        patches, prefix = output[:, p:], output[:, :p]
+        values = {
+            need: self.tap.value(need).unflatten(0, (tiles, width))
+            for need in self.step.stage.tower_needs
+        }
+        images = Images(
+            [patches[b, self.spots[b]] for b in busy],
+            [square(width) if len(self.spots[b]) == width else None for b in busy],
+            {need: [value[b, self.spots[b]] for b in busy] for need, value in values.items()},
+            None,
+            [Selection.all(1, len(self.spots[b]), output.device) for b in busy],
+            budgets=self._budgets(busy),
+            n_prefix=p,
+        )
+        decided = dict(zip(busy, decide(self.step, images), strict=True))
+        none = Selection(torch.zeros(1, 0, dtype=torch.long, device=output.device), 0)
+        self.chosen = [decided.get(b, none) for b in range(tiles)]
+        buffer = output.clone()
+        for b in busy:
+            spots = self.spots[b]
+            made = torch.cat([patches[b, spots], prefix[b]])[None]
+            buffer[b, p + spots[self.chosen[b].slots[0]]] = self.chosen[b].apply(made)[0]
+        return buffer
+
+    def _look_ahead(self, output: Tensor, args: Any, kwargs: dict[str, Any]) -> None:
+        """Reads the block after the features, which will get them reduced, on the whole ones."""
+        with self.tap.ahead(self.adapter.attention(self.modality, self.block + 1)):
+            self.adapter.blocks(self.modality)[self.block + 1](output, *args[1:], **kwargs)
+
+    def _tiles(self, owner: Tensor) -> list[int]:
+        """Returns the tiles that the patches of an item are of."""
+        return (owner[owner >= 0] // self.width).unique().tolist()
+
+    def _budgets(self, busy: Sequence[int]) -> list[Budget]:
+        """Returns the budget of each tile: its share of its item's."""
+        shares: dict[int, Budget] = {}
+        for owner in self.owners:
+            tiles = self._tiles(owner)
+            lengths = [len(self.spots[b]) for b in tiles]
+            shares |= dict(zip(tiles, self.step.budget.split(lengths), strict=True))
+        return [shares[b] for b in busy]
+
+    def refuse(self, needs: Sequence[TowerNeed]) -> None:
+        """Raises UnsupportedError for what a later step cannot be given once tokens have left."""
+        if self.first == self.block:
+            return
+        for need in needs:
+            if need.layer > self.block or (isinstance(need, Joint) and need.layer >= self.first):
+                raise UnsupportedError(
+                    f"{need} is of a block that runs when {self.step.strategy.name} has let tokens "
+                    "leave the tower. Follow it with a strategy that does not read it."
+                )
+
+    def survivors(
+        self, items: Sequence[Item], images: Images, needs: Sequence[TowerNeed]
+    ) -> Images:
+        """Returns what is left of ``images``, which hold all free tokens of every item."""
+        if self.chosen is None:
+            return images
+        refuse_orphans(self.chosen, needs)
+        kept = []
+        for item, owner in zip(items, self.owners, strict=True):
+            kept.append(self._join(owner[item.free])[0])
+        slots = [selection.slots[0] for selection in kept]
+        return Images(
+            [x[s] for x, s in zip(images.tokens, slots, strict=True)],
+            [g if k.is_identity else None for g, k in zip(images.grids, kept, strict=True)],
+            {n: [x[s] for x, s in zip(v, slots, strict=True)] for n, v in images.values.items()},
+            None,
+            kept,
+        )
+
+    def _join(self, owner: Tensor) -> tuple[Selection, Tensor]:
+        """Joins the selections of the tiles that the free tokens with these patches are of."""
+        chosen = self.chosen or []
+        place = torch.full((len(self.spots) * self.width,), -1, device=owner.device)
+        place[owner] = torch.arange(len(owner), device=owner.device)
+        tiles = self._tiles(owner)
+        parts = [(chosen[b], place[b * self.width + self.spots[b]]) for b in tiles]
+        return join(parts, len(owner), self.adapter.n_prefix)
