@@ -21,9 +21,7 @@ from torch import Tensor
 
 import vtprune
 from tests.families import prompts
-from tests.families.reference import Reference
-from tests.families.test_matrix import in_tower, model_of
-from tests.hidden import Watch
+from tests.families.oracles import gather_is_mask, model_of
 from vtprune.errors import UnsupportedError
 from vtprune.eval import tiny
 from vtprune.registry import strategy_class, strategy_names
@@ -109,35 +107,14 @@ def _rows(rng: random.Random, family: str) -> list[list[tuple[str, int, int]]]:
 @torch.no_grad()
 def run(case: Case) -> str:
     """Returns ``equal`` or ``refused``; raises AssertionError for anything else."""
-    (model, processor), inputs = model_of(case.family), case.inputs()
+    given = {"strategy": case.strategy, "keep": case.keep, **case.options}
+    given["processor"] = model_of(case.family)[1]
     try:
-        handle = vtprune.wrap(
-            model, case.strategy, keep=case.keep, processor=processor, **case.options
-        )
-    except vtprune.ConfigError:
+        gather_is_mask(case.family, case.inputs(), given, steps=STEPS)
+    except (UnsupportedError, vtprune.ConfigError):
         return "refused"
-    watch = Watch()
-    with watch.watching(), handle:
-        try:
-            out = model.generate(
-                **inputs,
-                max_new_tokens=STEPS,
-                do_sample=False,
-                output_logits=True,
-                return_dict_in_generate=True,
-            )
-        except (UnsupportedError, vtprune.ConfigError):
-            return "refused"
-        eager = model_of(case.family, "eager")[0]
-        mixes = any(selection.mix is not None for selection in handle.selections)
-        made = None
-        if mixes and handle.adapter.facts.in_tower:
-            made = in_tower(eager, inputs, handle)
-        with watch.hiding(model, eager):
-            ids, logits = Reference(eager, inputs, handle, made).greedy(STEPS)
-    assert torch.equal(out.sequences[:, inputs["input_ids"].shape[1] :], ids), case
-    worst = float((torch.stack(out.logits, 1) - logits).abs().max())
-    assert worst < 1e-4, (worst, case)
+    except AssertionError as error:
+        raise AssertionError(case) from error
     return "equal"
 
 

@@ -19,17 +19,18 @@ FILES = sorted(ROOT.rglob("*.py"))
 OPTIONAL = {"lmms_eval", "matplotlib", "open_clip", "pyarrow", "rich", "scipy", "sklearn", "timm"}
 OPTIONAL |= {"triton", "typer", "vllm"}
 
-VOCABULARY = {"vtprune.types", "vtprune.needs", "vtprune.selection"}
+VOCABULARY = {"vtprune.types", "vtprune.needs", "vtprune.selection", "vtprune.budget"}
 VOCABULARY |= {"vtprune.errors", "vtprune.kernels"}
 # Folder or file -> what it may import besides the standard library.
 ALLOWED = {
     "errors": set(),
+    "budget": {"vtprune.errors"},
     "kernels": {"vtprune.errors", "vtprune.kernels", "torch", "triton"},
     "needs": {"vtprune.errors"},
     "selection": {"vtprune.kernels", "torch"},
     "types": {*VOCABULARY, "torch"},
     "scoring": {*VOCABULARY, "vtprune.scoring", "torch"},
-    "strategies": {*VOCABULARY, "vtprune.scoring", "torch"},
+    "strategies": {*VOCABULARY, "vtprune.scoring", "vtprune.strategies", "torch"},
     "vlm_adapters": {*VOCABULARY, "vtprune.vlm_adapters", "torch", "transformers"},
     "registry": {*VOCABULARY, "vtprune.strategies", "vtprune.vlm_adapters"},
     "engine": {

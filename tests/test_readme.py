@@ -2,27 +2,18 @@
 
 from __future__ import annotations
 
-import inspect
 import re
-import sys
 from pathlib import Path
 
-from vtprune.registry import family_notes, strategy_class, strategy_names
+from vtprune.eval.methods import table
+from vtprune.registry import family_notes
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 
 
-def row_of(name: str) -> str:
-    """The table row of a strategy, from the first line of its docstring and its paper."""
-    text = inspect.getdoc(sys.modules[strategy_class(name).__module__]) or ""
-    paper = re.search(r"arXiv (\d{4}\.\d{5})", text)
-    link = f"[{paper[1]}](https://arxiv.org/abs/{paper[1]})" if paper else "baseline"
-    return f"| `{name}` | {text.partition(chr(10))[0]} | {link} |"
-
-
-def test_every_strategy_is_listed():
-    missing = [row_of(name) for name in strategy_names() if row_of(name) not in README]
-    assert not missing, "Put into the README's methods table:\n" + "\n".join(missing)
+def test_the_methods_table_is_that_of_the_code():
+    command = "python -m vtprune.eval.methods"
+    assert table() in README, f"Put what this prints into the README's methods: {command}"
 
 
 def model_rows() -> list[str]:

@@ -37,6 +37,14 @@ class LastRow(DecoderNeed):
     """
 
 
+class LastFlow(DecoderNeed):
+    """Score of each visual token as ``Flow`` has it, for the last prompt token. ``[B, N]`` float32.
+
+    Its query takes the place of that of CLS, and its value, here with the scale ``d ** -0.5``. Both
+    softmaxes run over the visual tokens that are still there, and over no others.
+    """
+
+
 class KeyNorm(DecoderNeed):
     """L1 norm of each token's keys over all heads, as attention uses them. ``[B, N]`` float32."""
 
@@ -131,7 +139,7 @@ class Facts:
     @staticmethod
     def signals_of(*, cls_row: bool) -> frozenset[type]:
         """Returns the signals of an ordinary tower, with or without a CLS token."""
-        kinds = {Received, Keys, Flow, InstructionText, LastRow, KeyNorm, Normed}
+        kinds = {Received, Keys, Flow, InstructionText, LastRow, LastFlow, KeyNorm, Normed}
         kinds |= {WideKeys, WideClsRow} if cls_row else {WideKeys}
         return frozenset(kinds | {ClsRow} if cls_row else kinds)
 

@@ -76,6 +76,13 @@ class Selection:
         mix = self.mix
         return segment_merge(x, mix.source, mix.target, mix.weight, self.rows.shape[1])
 
+    def total(self, x: Tensor) -> Tensor:
+        """Returns the sum of ``x`` ``[B, N]`` over what each output is made of, ``[B, K]``."""
+        if self.mix is None:
+            return x.gather(1, self.rows)
+        made = torch.zeros(self.rows.shape, dtype=x.dtype, device=x.device)
+        return made.scatter_add_(1, self.mix.target, x.gather(1, self.mix.source))
+
     def row(self, b: int) -> Selection:
         """Returns the selection of row ``b`` alone, still with a batch dimension of 1."""
         mix = self.mix

@@ -5,8 +5,6 @@ B rows (one unit of the budget's scope each), N candidate tokens, K kept tokens,
 
 from __future__ import annotations
 
-import itertools
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from enum import Enum
@@ -15,6 +13,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from vtprune.budget import Budget, Keep, Scope
 from vtprune.errors import ConfigError, InputError
 from vtprune.kernels.topk_sorted import topk_sorted
 from vtprune.needs import (
@@ -26,6 +25,7 @@ from vtprune.needs import (
     Joint,
     KeyNorm,
     Keys,
+    LastFlow,
     LastRow,
     Need,
     Normed,
@@ -50,6 +50,7 @@ __all__ = [
     "Keep",
     "KeyNorm",
     "Keys",
+    "LastFlow",
     "LastRow",
     "Mix",
     "Need",
@@ -58,6 +59,7 @@ __all__ = [
     "Positions",
     "Quantity",
     "Received",
+    "Scope",
     "Selection",
     "Signals",
     "Site",
@@ -69,77 +71,14 @@ __all__ = [
     "check_needs",
 ]
 
-Keep = int | float
 Positions = Literal["keep", "renumber"]
 Newlines = Literal["keep", "row"]
-
-
-@dataclass(frozen=True)
-class Budget:
-    """How many tokens stay: a whole number of ``tokens``, or a ``fraction`` of those there are."""
-
-    tokens: int | None = None
-    fraction: float | None = None
-
-    def __post_init__(self) -> None:
-        if (self.tokens is None) == (self.fraction is None):
-            raise ConfigError("A budget is either tokens or a fraction; give exactly one.")
-
-    @classmethod
-    def of(cls, keep: Keep | Budget) -> Budget:
-        """Reads ``keep``: an int is a token count, a float in (0, 1] a share.
-
-        Raises:
-            ConfigError: a bool, NaN, zero, a negative number, or a share above 1.
-        """
-        if isinstance(keep, Budget):
-            return keep
-        allowed = "a token count of at least 1, or a share above 0.0 and up to 1.0"
-        if isinstance(keep, bool) or not isinstance(keep, (int, float)):
-            raise ConfigError(f"keep={keep!r} is not a budget; give {allowed}.")
-        if isinstance(keep, int):
-            if keep < 1:
-                raise ConfigError(f"keep={keep} keeps nothing; give {allowed}.")
-            return cls(tokens=keep)
-        if not (math.isfinite(keep) and 0 < keep <= 1):
-            raise ConfigError(f"keep={keep} is not a share; give {allowed}.")
-        return cls(fraction=keep)
-
-    def count(self, n: int) -> int:
-        """Returns the number of tokens kept of ``n``: at least 1 and at most ``n``."""
-        wanted = self.tokens if self.tokens is not None else round((self.fraction or 0) * n)
-        return max(1, min(wanted, n))
-
-    def split(self, lengths: Sequence[int]) -> list[Budget]:
-        """Returns the budgets of parts of ``lengths``: a share is that of each, tokens are shared.
-
-        Each part gets at least one token, as the whole does, and none more than it has.
-        """
-        if self.tokens is None:
-            return [self] * len(lengths)
-        total = sum(lengths)
-        wanted = min(max(self.tokens, len(lengths)), total)
-        exact = [wanted * n / total for n in lengths]
-        counts = [max(1, math.floor(x)) for x in exact]
-        by_rest = sorted(range(len(lengths)), key=lambda i: math.floor(exact[i]) - exact[i])
-        for i in itertools.cycle(by_rest):
-            if sum(counts) >= wanted:
-                break
-            counts[i] += counts[i] < lengths[i]
-        return [Budget(tokens=count) for count in counts]
-
-    def check(self, n: int) -> None:
-        """Raises ConfigError when more tokens are asked for than the ``n`` there always are."""
-        if self.tokens is not None and self.tokens > n:
-            raise ConfigError(
-                f"keep={self.tokens}, but an image has {n} tokens. Give at most {n}, or a share."
-            )
 
 
 class Site(Enum):
     """Where a stage acts."""
 
-    ENCODER = "encoder"  # on the output of a block of the vision tower
+    ENCODER = "encoder"  # in a block of the vision tower, or on its output
     PROJECTOR = "projector"  # after the projector, before the language model
     DECODER = "decoder"  # before a layer of the language model
 
@@ -150,13 +89,15 @@ class Inside:
 
     Attributes:
         stage: 0-based number of the stage among those of its strategy.
-        layers: 0-based layers before which the strategy's stages act; blocks after which.
+        layers: 0-based layers before which the strategy's stages act; blocks after or in which.
         depth: number of layers or blocks.
         entered: per row the visual tokens that entered the language model, or the patches of a
             tile that are chosen from.
         starts: per row the tokens before the first visual one, if known.
         after: per row what is needed of the layers, at the tokens after the last visual one, each
             with leading dimension ``[M]``.
+        images: per row the tokens made of patches of each of its images, before any left; empty
+            between the blocks of the tower.
     """
 
     stage: int
@@ -165,6 +106,7 @@ class Inside:
     entered: tuple[int, ...]
     starts: tuple[int, ...] = ()
     after: tuple[Mapping[Quantity, Tensor], ...] = ()
+    images: tuple[tuple[int, ...], ...] = ()
 
     def of(self, rows: Sequence[int]) -> Inside:
         """Returns the same for some rows."""
@@ -173,6 +115,7 @@ class Inside:
             entered=tuple(self.entered[i] for i in rows),
             starts=tuple(self.starts[i] for i in rows if self.starts),
             after=tuple(self.after[i] for i in rows if self.after),
+            images=tuple(self.images[i] for i in rows if self.images),
         )
 
 
@@ -183,12 +126,17 @@ class Signals:
     Attributes:
         tokens: ``[B, N, D]`` candidate tokens where the stage acts.
         grid: ``(t, h, w)`` of the tokens, or None where they form none.
-        item: ``[B]`` int64, the image that each row belongs to; None = one row per image. Inside
-            the language model a row is a sample, all its images together.
+        item: ``[B]`` int64, the image that each row belongs to, of which it may be a tile; None =
+            one row per image. Where a row is a sample, all its images together, the sample.
         values: the needed quantities, each with leading dimensions ``[B, N]``.
         text: per row the instruction's embeddings ``[M, D]``, if asked for.
         inside: where a stage inside a model acts; None for the others.
-        n_prefix: tokens of the tower, CLS first, that a mix may read as sources N, N + 1, ...
+        n_prefix: tokens of the tower before the first, CLS among them. A mix on the block that
+            yields the features may read them as sources N, N + 1, ...
+        size: ``[B, N]`` float32, how many patches each token stands for between the blocks of the
+            tower; None = one each.
+        groups: all rows of the call, those of equal N and budget together, so that statistics can
+            be over all tiles of an image; empty = the rows here are all.
     """
 
     tokens: Tensor
@@ -198,6 +146,8 @@ class Signals:
     text: Sequence[Tensor] | None = None
     inside: Inside | None = None
     n_prefix: int = 0
+    size: Tensor | None = None
+    groups: Sequence[Signals] = field(default=(), repr=False, compare=False)
 
     @property
     def n(self) -> int:
@@ -227,6 +177,8 @@ class Signals:
             None if self.text is None else [self.text[i] for i in index.tolist()],
             self.inside and self.inside.of(index.tolist()),
             self.n_prefix,
+            None if self.size is None else self.size[index],
+            self.groups,
         )
 
 
@@ -236,11 +188,17 @@ class Stage:
 
     ``layer`` is the 0-based layer before which a stage inside the language model acts, or the block
     of the tower after which one inside the encoder does; None = the block that yields the features.
+    With ``before_mlp`` it acts in that block, between attention and MLP. With ``proportional`` a
+    token that was merged gets attention, in the blocks that follow, for all patches it stands for.
+    It leaves so many ``times`` the budget, above 1 where a later stage has to come down to it.
     """
 
     site: Site
     needs: tuple[Need, ...] = ()
     layer: int | None = None
+    times: int = 1
+    before_mlp: bool = False
+    proportional: bool = False
 
     @property
     def quantities(self) -> tuple[Quantity, ...]:
@@ -265,14 +223,21 @@ class Strategy:
         layers: 0-based layers to use instead of the default, exactly as given: tower blocks to
             read, or layers of the language model before which to act.
         kind: ``select`` keeps an exact count, ``adaptive`` counts of its own per row.
-        acts_inside: whether it acts inside the language model.
+        acts_inside: whether all it does is inside the language model, where ``keep`` counts the
+            visual tokens of a sample. A stage there of another strategy has whole images counted
+            and chooses from tokens made of patches.
         positions: the authors' position ids for survivors: ``keep`` theirs, or ``renumber``.
+        scope: what competes for one budget, by the authors: the tokens of a ``tile`` or frame, of
+            an ``image`` or video, or of all in a ``sample``. Inside the vision tower it is always
+            the tile, inside the language model the sample. An image is one tile where its tokens
+            are made of several, and where fewer stay than it has tiles.
         newlines: what becomes of tokens that end a row of a tiled image: they ``keep``, or leave
             with the last token of their ``row``. No budget counts them.
     """
 
     kind: ClassVar[Literal["select", "adaptive"]] = "select"
     positions: ClassVar[Positions] = "renumber"
+    scope: ClassVar[Scope] = "image"
     newlines: ClassVar[Newlines] = "keep"
     acts_inside: ClassVar[bool] = False
 

@@ -15,6 +15,7 @@ from vtprune.types import (
     InstructionText,
     KeyNorm,
     Keys,
+    LastFlow,
     LastRow,
     Need,
     Normed,
@@ -35,6 +36,7 @@ TOWERS = {
         feature_block=10,
         has_cls=has_cls,
         signals=Facts.signals_of(cls_row=has_cls),
+        n_tokens=36 if has_cls else None,  # so that a stage for images of any size is here too
         decoder_layers=12,
         family=f"a tower {name}",
     )
@@ -47,7 +49,7 @@ def _value(need: Need, batch: int, n: int, generator: torch.Generator) -> Tensor
         return torch.randn(batch, n, generator=generator).softmax(-1)
     if isinstance(need, Flow):
         return torch.rand(batch, n, 2, generator=generator)
-    if isinstance(need, KeyNorm):
+    if isinstance(need, (KeyNorm, LastFlow)):
         return torch.rand(batch, n, generator=generator)
     if isinstance(need, Normed):
         return torch.randn(batch, n, WIDTH, generator=generator)
@@ -71,13 +73,14 @@ def make_signals(strategy: Strategy, facts: Facts, batch: int, n: int, seed: int
         signals.text = [torch.randn(b + 1, WIDTH, generator=generator) for b in range(batch)]
     read = sorted((need for need in needs if isinstance(need, Quantity)), key=repr)
     signals.values = {need: _value(need, batch, n, generator) for need in read}
+    signals.size = torch.randint(1, 5, (batch, n), generator=generator).float()
     layers = tuple(stage.layer or 0 for stage in stages if stage.site is Site.DECODER)
     if layers:
         after = tuple(
             {need: _value(need, 1, row + 3, generator)[0] for need in read} for row in range(batch)
         )
-        entered, starts = (n,) * batch, (2,) * batch
-        signals.inside = Inside(0, layers, facts.decoder_layers, entered, starts, after)
+        entered, starts, images = (n,) * batch, (2,) * batch, ((n,),) * batch
+        signals.inside = Inside(0, layers, facts.decoder_layers, entered, starts, after, images)
     return signals
 
 

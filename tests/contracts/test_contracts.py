@@ -31,6 +31,7 @@ ALL = strategy_names()
 N = 36
 BY_CROP = {"holov"}  # these share the budget among crops, so equal tokens stay far apart
 BY_PAIRS = {"vispruner"}  # of two alike one leaves by its rank, whatever its index
+BY_PLACE = {"tome"}  # the lowest of one half leave for the first of the other
 
 
 def refused(strategy: Strategy, facts: Facts) -> bool:
@@ -241,6 +242,9 @@ def test_equal_tokens_are_kept_from_the_lowest_index_on(name: str, tower: str) -
         assert torch.equal(equal[0].rows, decided[0].rows)  # it looks at nothing: no ties
     elif name in BY_PAIRS:
         assert 0 in equal[0].rows[0]
+    elif name in BY_PLACE:
+        assert (equal[0].rows.diff() > 0).all()
+        assert equal[0].total(torch.ones(2, N)).tolist() == [[N - 8.0] + [1.0] * 8] * 2
     elif name in BY_CROP:
         assert (equal[0].rows.diff() > 1).all()
     elif equal[0].mix is None:

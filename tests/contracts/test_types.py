@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -136,6 +136,11 @@ def test_rows_of_signals() -> None:
     assert picked.text is not None
     assert [t.shape[0] for t in picked.text] == [2]
     assert all(len(value) == 1 for value in picked.values.values())
+    assert picked.size is None
+    sizes = torch.tensor([[1.0, 1.0, 2.0], [3.0, 1.0, 1.0]])
+    picked = replace(signals(), size=sizes).rows(torch.tensor([1]))
+    assert picked.size is not None
+    assert picked.size.tolist() == [[3.0, 1.0, 1.0]]
 
 
 def test_a_plain_selection_copies() -> None:
@@ -170,6 +175,13 @@ def test_a_mix_adds_what_flows_into_each_output() -> None:
     assert torch.equal(mixed().apply(x), want)
     assert torch.equal(mixed().row(1).apply(x[1:]), want[1:])
     assert not mixed().is_identity
+
+
+def test_a_total_is_over_all_that_an_output_is_made_of() -> None:
+    sizes = torch.tensor([[1.0, 2.0, 4.0, 8.0, 16.0]] * 2)
+    assert mixed().total(sizes).tolist() == [[16.0, 4.0, 11.0]] * 2
+    plain = Selection(torch.tensor([[0, 3], [1, 2]]), 4)
+    assert plain.total(sizes[:, :4]).tolist() == [[1.0, 8.0], [2.0, 4.0]]
 
 
 def test_new_rows_take_the_lowest_free_slots() -> None:

@@ -10,11 +10,14 @@ import torch
 
 import vtprune
 from tests import tiny
+from tests.families.eager import last_flow, recording
 from tests.probes import generate
 from vtprune.registry import build, strategy_class, strategy_names
 from vtprune.types import (
+    DecoderNeed,
     Facts,
     KeyNorm,
+    LastFlow,
     LastRow,
     Mix,
     Normed,
@@ -205,6 +208,17 @@ def test_what_the_last_token_attends_to_equals_eager():
 
 
 @dataclass(frozen=True)
+class Reading(Strategy):
+    """Reads one quantity of the layer before it; all tokens stay."""
+
+    need: DecoderNeed
+    acts_inside: ClassVar[bool] = True
+
+    def plan(self, facts: Facts) -> tuple[Stage, ...]:
+        return (Stage(Site.DECODER, (self.need,), self.need.layer + 1),)
+
+
+@dataclass(frozen=True)
 class Watching(Strategy):
     """Keeps the signals that it was given before layer 2; the first tokens stay."""
 
@@ -247,6 +261,31 @@ def test_keys_and_normed_states_equal_eager_behind_the_image_too(attention):
             torch.testing.assert_close(signals.values[need][0], full[b, visual[b]])
             torch.testing.assert_close(inside.after[0][need], full[b, last + 1 :])
             assert signals.values[need].dtype == torch.float32
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_what_flows_after_a_cut_is_of_the_tokens_still_there(attention):
+    """And of the last prompt token; padding and words are 0."""
+    inputs, need = tiny.ragged(), LastFlow(2)
+    model = tiny.build(attention="eager")
+    strategies = [build("fastv", layers=(1,)), Reading(need)]
+    with vtprune.wrap(model, strategies, keep=[9, 9]), torch.no_grad():
+        module = model.model.language_model.layers[2].self_attn
+        with recording([module]) as calls:
+            model(**inputs)
+    ((q, k, v, _),) = calls[module]
+    model = tiny.build(attention=attention)
+    with vtprune.wrap(model, strategies, keep=[9, 9]) as handle, torch.no_grad():
+        model(**inputs)
+        decoding = handle._decoding
+    assert decoding is not None
+    columns = decoding.cuts[1].index
+    there = (inputs["input_ids"] == tiny.IMAGE).gather(1, columns.clamp(min=0)) & (columns >= 0)
+    assert there.sum(1).tolist() == [9, 9]
+    wanted = torch.zeros(inputs["input_ids"].shape)
+    for b, own in enumerate(last_flow(q, k, v, there, 8**-0.5)):
+        wanted[b, columns[b, there[b]]] = own[there[b]]
+    assert (decoding.rows[need] - wanted).abs().max() < 1e-5
 
 
 def test_a_wrong_position_turns_the_oracle_red(monkeypatch):

@@ -103,5 +103,5 @@ def test_a_budget_of_tokens_is_shared_among_tiles():
     assert counts(2, 5, 5, 5) == [1, 1, 1]  # at least one each
     assert counts(99, 4, 2) == [4, 2]
     assert sum(n or 0 for n in counts(64, 36, 30, 7, 1)) == 64
-    share = Budget(fraction=0.3)
-    assert share.split([4, 9]) == [share, share]
+    assert Budget(fraction=0.3).split([4, 9]) == [Budget(tokens=1), Budget(tokens=3)]
+    assert [b.tokens for b in Budget(fraction=0.25).split([36] * 5)] == [9] * 5

@@ -13,7 +13,6 @@ import vtprune
 from tests import tiny
 from tests.probes import Spy
 from vtprune.engine import tap
-from vtprune.engine.signals import instruction_text
 from vtprune.types import (
     ClsRow,
     Facts,
@@ -153,16 +152,6 @@ def test_wrong_scale_is_noticed(monkeypatch):
     monkeypatch.setattr(tap, "attn_received", lambda q, k, *, scale: right(q, k, scale=1.0))
     with pytest.raises(AssertionError):
         check("siglip")
-
-
-def test_instruction_is_what_follows_the_last_image():
-    embed = torch.nn.Embedding(tiny.VOCAB, 4)
-    image, special = tiny.IMAGE, 1
-    ids = torch.tensor([[0, special, 7, image, image, 8, 9], [special, 5, 6, 7, 8, image, image]])
-    valid = ids != tiny.PAD
-    after, all_words = instruction_text(ids, valid, ids == image, [special], embed)
-    assert torch.equal(after, embed(torch.tensor([8, 9])))
-    assert torch.equal(all_words, embed(torch.tensor([5, 6, 7, 8])))
 
 
 def test_text_reaches_the_strategy():

@@ -8,22 +8,13 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
-from transformers import CLIPConfig, CLIPModel
 
 import vtprune
 from tests import tiny
+from tests.clip import LENGTH, ClipTokenizer, clip
 from vtprune import ConfigError, UnsupportedError
 from vtprune.registry import build
 from vtprune.types import Joint
-
-LENGTH, END = 6, 79
-
-
-class ClipTokenizer:
-    """Reads the numbers that ``Processor`` writes, between a first and a last token."""
-
-    def __call__(self, text: str) -> dict[str, list[int]]:
-        return {"input_ids": [78, *(int(word) % 70 for word in text.split()), END]}
 
 
 class Processor(tiny.Processor):
@@ -31,16 +22,6 @@ class Processor(tiny.Processor):
         @staticmethod
         def decode(ids: list[int]) -> str:
             return " ".join(map(str, ids))
-
-
-def clip(width: int = 32) -> Any:
-    size = {"hidden_size": width, "intermediate_size": 48, "num_attention_heads": 4}
-    vision = {**size, "num_hidden_layers": 1, "image_size": tiny.SIDE, "patch_size": tiny.PATCH}
-    text = {**size, "num_hidden_layers": 2, "vocab_size": 80, "max_position_embeddings": LENGTH}
-    ends = {"bos_token_id": 78, "eos_token_id": END, "pad_token_id": 0}
-    torch.manual_seed(5)
-    config = CLIPConfig(vision_config=vision, text_config={**text, **ends}, projection_dim=24)
-    return CLIPModel._from_config(config).eval()
 
 
 @torch.no_grad()
@@ -71,7 +52,7 @@ def cosines(model: Any, both: Any, inputs: dict[str, Tensor]) -> list[Tensor]:
 def test_the_least_similar_patches_are_the_relevant_ones(keep):
     model, both, inputs = tiny.build(), clip(), tiny.ragged()
     given = {"text_encoder": (both, ClipTokenizer()), "processor": Processor()}
-    with vtprune.wrap(model, "trim", keep=keep, tower=True, **given) as handle:
+    with vtprune.wrap(model, "trim", keep=keep, **given) as handle:
         model.generate(**inputs, max_new_tokens=1)
         rows = [selection.rows[0].tolist() for selection in handle.selections]
     wanted = [
@@ -89,11 +70,11 @@ def test_cdpruner_weighs_with_it_and_nothing_stays_behind():
     blocks = model.model.vision_tower.encoder.layers
     before = [len(block._forward_hooks) for block in blocks]
     given = {"text_encoder": (clip(), ClipTokenizer()), "processor": Processor()}
-    with vtprune.wrap(model, "cdpruner", keep=9, tower=True, **given) as handle:
+    with vtprune.wrap(model, "cdpruner", keep=9, **given) as handle:
         model(**inputs)
         assert handle.report().images[0].kept == 9
     assert [len(block._forward_hooks) for block in blocks] == before
-    with vtprune.wrap(model, "cdpruner", keep=1.0, tower=True, **given):
+    with vtprune.wrap(model, "cdpruner", keep=1.0, **given):
         kept = model(**inputs).logits
     assert torch.equal(kept, plain)
 
@@ -101,24 +82,22 @@ def test_cdpruner_weighs_with_it_and_nothing_stays_behind():
 def test_what_cannot_be():
     model, pair = tiny.build(), (clip(), ClipTokenizer())
     ask = {"keep": 9, "processor": Processor()}
-    with pytest.raises(ConfigError, match="pass text_encoder="):
-        vtprune.wrap(model, "cdpruner", tower=True, **ask)
     with pytest.raises(ConfigError, match="no strategy here reads it"):
-        vtprune.wrap(model, "cdpruner", text_encoder=pair, **ask)
+        vtprune.wrap(model, "divprune", text_encoder=pair, **ask)
     with pytest.raises(ConfigError, match="give a pair"):
-        vtprune.wrap(model, "cdpruner", tower=True, text_encoder=pair[0], **ask)
+        vtprune.wrap(model, "cdpruner", text_encoder=pair[0], **ask)
     with pytest.raises(UnsupportedError, match="width, 64"):
-        vtprune.wrap(model, "trim", tower=True, text_encoder=(clip(64), ClipTokenizer()), **ask)
+        vtprune.wrap(model, "trim", text_encoder=(clip(64), ClipTokenizer()), **ask)
     with pytest.raises(UnsupportedError, match="siglip"):
-        vtprune.wrap(tiny.build("siglip"), "trim", tower=True, text_encoder=pair, **ask)
-    both = [build("trim", tower=True), build("cdpruner")]
-    with pytest.raises(ConfigError, match="all of them or to none"):
+        vtprune.wrap(tiny.build("siglip"), "trim", text_encoder=pair, **ask)
+    both = [build("hiprune", plus=True), build("cdpruner")]
+    with pytest.raises(ConfigError, match="Leave text_encoder out"):
         vtprune.wrap(model, both, keep=[20, 9], text_encoder=pair, processor=Processor())
 
 
 def test_two_steps_read_the_same_patches():
     model, inputs = tiny.build(), tiny.ragged()
-    both = [build("trim", tower=True), build("cdpruner", tower=True)]
+    both = [build("trim"), build("cdpruner")]
     given = {"text_encoder": (clip(), ClipTokenizer()), "processor": Processor()}
     with vtprune.wrap(model, both, keep=[20, 9], **given) as handle:
         model.generate(**inputs, max_new_tokens=1)

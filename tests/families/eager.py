@@ -275,12 +275,38 @@ def touched(family: str, kind: str, name: str, patch: int) -> Tensor:
 
 @cache
 @torch.no_grad()
-def last_rows(family: str, kind: str) -> list[Tensor]:
-    """Returns for each decoder layer the attention of the last prompt token, ``[B, L]``."""
+def decoder_calls(family: str, kind: str) -> list[tuple[Any, Call]]:
+    """Returns the attention module of each decoder layer, and its call on the prompts."""
     model = model_of(family, "eager")[0]
     base = model.base_model
     text = getattr(base, "language_model", None) or base.text_model
-    modules = [layer.self_attn for layer in text.layers]
+    modules: list[Any] = [layer.self_attn for layer in text.layers]
     with recording(modules) as calls:
         model(**inputs_of(family, kind))
-    return [calls[module][0][3][:, :, -1].mean(1) for module in modules]
+    return [(module, calls[module][0]) for module in modules]
+
+
+def last_rows(family: str, kind: str) -> list[Tensor]:
+    """Returns for each decoder layer the attention of the last prompt token, ``[B, L]``."""
+    return [call[3][:, :, -1].mean(1) for _, call in decoder_calls(family, kind)]
+
+
+def last_flows(family: str, kind: str, visual: Tensor) -> list[Tensor]:
+    """Returns for each decoder layer ``LastFlow`` of the ``visual`` tokens, ``[B, L]`` as they."""
+    return [
+        last_flow(*call[:3], visual, module.scaling) for module, call in decoder_calls(family, kind)
+    ]
+
+
+def last_flow(q: Tensor, k: Tensor, v: Tensor, visual: Tensor, scale: float) -> Tensor:
+    """``LastFlow`` by its definition; the last column is the last token. 0 of other columns."""
+    out = torch.zeros(visual.shape)
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+    for b, seen in enumerate(visual):
+        if seen.any():
+            relation = (q[b, :, -1:] @ k[b][:, seen].mT * scale).softmax(-1).mean(0)[0]
+            semantic = (v[b, :, -1:] @ v[b][:, seen].mT * v.shape[-1] ** -0.5).softmax(-1)
+            semantic = semantic.mean(0)[0]
+            shares = relation / relation.sum() + semantic / semantic.sum()
+            out[b, seen] = shares * v[b][:, seen].mean(0).abs().sum(-1)
+    return out

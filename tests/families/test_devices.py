@@ -22,9 +22,11 @@ from vtprune.eval import tiny
 SITES: dict[str, tuple[Any, Any]] = {
     "projector": ("fastervlm", 0.5),
     "tower": ("visionzip", 0.5),
+    "tower merging": ("tome", 0.5),
     "decoder": ("fastv", 0.5),
     "stages": ("pyramiddrop", 0.8),
     "both": (["fastervlm", "fastv"], [0.7, 0.5]),
+    "tower and decoder": ("flowcut", 0.4),
 }
 # Its experts are counted by an operation that the CPU has for other types only.
 FAMILIES = [family for family in tiny.names() if family != "qwen3_vl_moe"]

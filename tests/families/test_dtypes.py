@@ -18,6 +18,7 @@ SITES = {
     "divprune": 0.5,
     "fastervlm": 0.5,
     "visionzip": 0.5,
+    "tome": 0.5,
     "fastv": 0.5,
     "pyramiddrop": 0.8,
 }

@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from tests.families import prompts, test_matrix
+from tests.families.test_flowcut import SIZES
+from vtprune import selection
 from vtprune.engine import compaction, cuts, encoder, wrap
 from vtprune.eval import tiny
 from vtprune.vlm_adapters._base import VLMAdapter
@@ -97,3 +99,34 @@ def test_rotary_embeddings_of_other_tokens(family, monkeypatch):
         return right(embeddings, index.flip(1))
 
     goes_red(family, "ragged", "decoder", monkeypatch, cuts, "_rows", wrong)
+
+
+@pytest.mark.parametrize("family", SIZES)
+def test_a_stage_behind_the_tower_that_sees_other_positions(family, monkeypatch):
+    right = cuts.Cut._embeddings
+
+    def wrong(self, kwargs, hidden, rotary):
+        cos, sin = right(self, kwargs, hidden, rotary)
+        return cos.roll(1, 1), sin.roll(1, 1)
+
+    goes_red(family, "ragged", "tower stages", monkeypatch, cuts.Cut, "_embeddings", wrong)
+
+
+@pytest.mark.parametrize("family", SIZES)
+def test_a_stage_behind_the_tower_that_keeps_others_than_it_says(family, monkeypatch):
+    right = cuts.Cut.gather
+
+    def wrong(self, hidden, before):
+        return right(self, hidden.roll(1, 1), before)
+
+    goes_red(family, "ragged", "tower stages", monkeypatch, cuts.Cut, "gather", wrong)
+
+
+@pytest.mark.parametrize("family", ["llava", "llava_siglip", "llava_next", "qwen2_5_vl"])
+def test_merging_without_weights(family, monkeypatch):
+    right = selection.segment_merge
+
+    def wrong(x, source, target, weight, n_segments):
+        return right(x, source, target, torch.ones_like(weight), n_segments)
+
+    goes_red(family, "ragged", "tower", monkeypatch, selection, "segment_merge", wrong)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,8 +12,9 @@ from torch import Tensor
 from tests.families import prompts
 from tests.families.eager import TOWERS, mapping, model_of
 from tests.families.test_signals import FAMILIES, check, check_carry, check_inside
-from vtprune.engine import tap
+from vtprune.engine import layers, rows, tap
 from vtprune.engine.plan import find_adapter
+from vtprune.types import LastFlow, LastRow
 from vtprune.vlm_adapters._base import VLMAdapter
 from vtprune.vlm_adapters._qwen import QwenVL
 from vtprune.vlm_adapters.qwen2_5_vl import Qwen2_5VL
@@ -111,19 +113,49 @@ def test_videos_before_images_are_noticed(family, adapter_class, monkeypatch):
         check(family, "video_and_image")
 
 
+@pytest.mark.parametrize("need", [LastRow, LastFlow])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_permuted_key_heads_are_noticed(family, monkeypatch):
-    right = tap.attn_rows
-    monkeypatch.setattr(tap, "attn_rows", lambda q, k, *, scale: right(q, k.flip(1), scale=scale))
+def test_permuted_key_heads_are_noticed(family, need, monkeypatch):
+    right = rows.attn_rows
+    monkeypatch.setattr(
+        rows, "attn_rows", lambda q, k, scale=None: right(q, k.flip(1), scale=scale)
+    )
     with pytest.raises(AssertionError):
-        check_inside(family, "ragged", layer=3)
+        check_inside(family, "ragged", 3, need)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_attention_to_padding_is_noticed(family, monkeypatch):
-    right = tap.Rows.__init__
-    monkeypatch.setattr(
-        tap.Rows, "__init__", lambda self, module, valid: right(self, module, valid | True)
-    )
+    right = rows.Rows.__init__
+
+    def wrong(self: rows.Rows, module: Any, valid: Tensor, visual: Tensor) -> None:
+        right(self, module, valid | True, visual)
+
+    monkeypatch.setattr(rows.Rows, "__init__", wrong)
     with pytest.raises(AssertionError):
-        check_inside(family, "ragged", layer=3)
+        check_inside(family, "ragged", 3)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_flow_from_all_tokens_is_noticed(family, monkeypatch):
+    right = rows.Flows.__init__
+
+    def wrong(self: rows.Flows, module: Any, valid: Tensor, visual: Tensor) -> None:
+        right(self, module, valid, valid)
+
+    monkeypatch.setattr(rows.Flows, "__init__", wrong)
+    with pytest.raises(AssertionError):
+        check_inside(family, "one", 3, LastFlow)
+
+
+@pytest.mark.parametrize("need", [LastRow, LastFlow])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_decoder_layer_off_is_noticed(family, need, monkeypatch):
+    right = layers.Layers._read
+
+    def wrong(self: Any, decoding: Any, cut: Any, need: Any, *args: Any) -> Tensor:
+        return right(self, decoding, cut, replace(need, layer=need.layer - 1), *args)
+
+    monkeypatch.setattr(layers.Layers, "_read", wrong)
+    with pytest.raises(AssertionError):
+        check_inside(family, "ragged", 3, need)

@@ -19,6 +19,7 @@ from tests.families.eager import (
     encode,
     flat,
     inputs_of,
+    last_flows,
     last_rows,
     lengths,
     mapping,
@@ -34,7 +35,7 @@ from vtprune.engine import tap
 from vtprune.engine.plan import find_adapter
 from vtprune.eval import tiny
 from vtprune.strategies.fastv import FastV
-from vtprune.types import Received, Signals
+from vtprune.types import DecoderNeed, Facts, LastFlow, LastRow, Received, Signals, Site, Stage
 
 FAMILIES = tiny.names()
 CASES = [(family, kind) for family in FAMILIES for kind in prompts.kinds(family)]
@@ -42,13 +43,18 @@ CASES = [(family, kind) for family in FAMILIES for kind in prompts.kinds(family)
 
 @dataclass(frozen=True)
 class Watched(FastV):
-    """FastV that keeps the received signals."""
+    """FastV by any quantity of the layer before, that keeps the received signals."""
 
+    need: type[DecoderNeed] = LastRow
     seen: list[Signals] = field(default_factory=list)
+
+    def plan(self, facts: Facts) -> tuple[Stage, ...]:
+        (layer,) = self.used_layers(facts)
+        return (Stage(Site.DECODER, (self.need(layer - 1),), layer),)
 
     def score(self, signals: Signals) -> Tensor:
         self.seen.append(signals)
-        return super().score(signals)
+        return signals.stack(self.need)[-1]
 
 
 def close(value: Tensor, expected: Tensor, within: float = 1e-5) -> bool:
@@ -146,17 +152,20 @@ def test_one_call_for_all_images_is_read_per_image(family, kind):
 # -- the language model --------------------------------------------------------------------------
 
 
-def check_inside(family: str, kind: str, layer: int) -> None:
-    """Holds FastV before ``layer`` against the last row of the layer before in the eager copy."""
-    model, inputs = model_of(family)[0], inputs_of(family, kind)
-    strategy = Watched(layers=(layer,))
+def check_inside(
+    family: str, kind: str, layer: int, need: type[DecoderNeed] = LastRow, attention: str = "sdpa"
+) -> None:
+    """Holds what a stage before ``layer`` reads of the layer before against the eager copy."""
+    model, inputs = model_of(family, attention)[0], inputs_of(family, kind)
+    strategy = Watched(layers=(layer,), need=need)
     with vtprune.wrap(model, strategy, keep=0.4) as handle:
         model(**inputs)
         assert handle.index is not None
         left = [row[row >= 0].tolist() for row in handle.index]
     valid, visual = inputs["attention_mask"].bool(), placeholders(family, kind)
     seen = iter(in_order(strategy.seen))
-    for b, row in enumerate(last_rows(family, kind)[layer - 1]):
+    full = last_rows(family, kind) if need is LastRow else last_flows(family, kind, visual)
+    for b, row in enumerate(full[layer - 1]):
         places, text = visual[b].nonzero()[:, 0], (valid[b] & ~visual[b]).nonzero()[:, 0]
         if len(places):
             assert close(next(seen), row[places])
@@ -186,3 +195,11 @@ def test_fastv_keeps_what_the_last_row_looks_at(family, kind):
     facts = find_adapter(model_of(family)[0]).facts
     for layer in range(facts.first_stage, facts.decoder_layers):
         check_inside(family, kind, layer)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize(("family", "kind"), CASES)
+def test_what_flows_to_the_last_token_equals_eager(family, kind, attention):
+    facts = find_adapter(model_of(family)[0]).facts
+    for layer in range(facts.first_stage, facts.decoder_layers):
+        check_inside(family, kind, layer, LastFlow, attention)

@@ -11,7 +11,8 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaModel
 
 from vtprune.engine import tap
-from vtprune.engine.layers import Decoding, Layers
+from vtprune.engine.decoding import Decoding
+from vtprune.engine.layers import Layers
 from vtprune.engine.signals import Step
 from vtprune.types import Budget, Facts, Strategy
 
@@ -53,7 +54,8 @@ def staged(
     budget = Budget.of(keep)
     stages = strategy.plan(facts)
     steps = [Step(strategy, stage, budget, strategy.positions) for stage in stages]
-    decoding = Decoding(torch.ones_like(visual), visual)
+    images = visual.sum(1, keepdim=True).tolist()
+    decoding = Decoding(torch.ones_like(visual), visual, visual, images)
     with ExitStack() as undo:
         tap.install("sdpa")
         undo.callback(tap.uninstall, "sdpa")

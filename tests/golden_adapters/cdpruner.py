@@ -25,7 +25,7 @@ def from_golden(params: dict[str, Any], tensors: Tensors) -> dict[str, Output]:
         values={Joint(22): tensors["in.image_embeds"]},
         text=[tensors["in.text_embeds"]] * len(hidden),
     )
-    selection = vtprune.select(build("cdpruner", tower=True), keep=k, signals=signals)
+    selection = vtprune.select(build("cdpruner"), keep=k, signals=signals)
     weights = unit_range(guidance(signals), signals.item)
     flat = selection.apply(hidden).flatten(0, 1)
     ours: dict[str, Output] = {

@@ -9,7 +9,7 @@ from torch import Tensor
 
 import vtprune
 from tests.golden_harness import Output, Tensors
-from vtprune.engine.tap import KeyNorms
+from vtprune.engine.rows import KeyNorms
 from vtprune.registry import build
 from vtprune.scoring.pivots import largest, set_order
 from vtprune.types import Inside, KeyNorm, Normed, Quantity, Signals
@@ -58,7 +58,7 @@ def _budget(params: dict[str, Any]) -> int:
 
 def _norms(keys: Tensor) -> Tensor:
     """What the engine reads of keys ``[B, H, S, d]``: ``[B, S]``."""
-    reader = KeyNorms(torch.nn.Identity(), torch.ones(0))
+    reader = KeyNorms(torch.nn.Identity(), torch.ones(0), torch.ones(0))
     with reader.only():
         reader.read(reader.module, keys, keys, None, None)
     return reader.value()

@@ -13,8 +13,9 @@ from transformers.models.clip.modeling_clip import CLIPEncoder
 
 from tests.golden_harness import Output, Tensors
 from vtprune.engine import tap
+from vtprune.engine.blocks import Blocks
 from vtprune.engine.signals import Step
-from vtprune.engine.tower import Blocks, Climb
+from vtprune.engine.tower import Climb
 from vtprune.registry import build
 from vtprune.types import Budget, Facts, TowerNeed
 
@@ -34,9 +35,9 @@ def from_golden(params: dict[str, Any], tensors: Tensors) -> dict[str, Output]:
         wanted.setdefault(attention, []).append(need)
     lengths: list[int] = []
 
-    def call(block: nn.Module, states: Tensor) -> Tensor:
+    def call(block: nn.Module, states: Tensor, mask: Tensor | None = None) -> Tensor:
         lengths.append(states.shape[1] - 1)
-        return block(states, None)
+        return block(states, mask)
 
     first = steps[0].stage.layer
     assert first is not None
@@ -46,7 +47,7 @@ def from_golden(params: dict[str, Any], tensors: Tensors) -> dict[str, Output]:
         undo.enter_context(torch.no_grad())
         blocks = Blocks(list(encoder.layers)[: last + 1], call, tap.Tap(wanted, 1), 1)
         undo.enter_context(tap.reading(blocks.tap))
-        for block in blocks.modules[: first + 1]:
+        for block in blocks.modules[:first]:
             states = call(block, states)
         rows = range(batch)
         spots = [torch.arange(width)] * batch

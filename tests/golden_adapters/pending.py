@@ -23,7 +23,6 @@ PENDING: dict[str, str] = {
     "sparsevlm": _NO_STRATEGY,
     "sparsifiner": _NO_STRATEGY,
     "tofu": _NO_STRATEGY,
-    "tome": _NO_STRATEGY,
     "transprune": _NO_STRATEGY,
     "var": _NO_STRATEGY,
     "vcast": _NO_STRATEGY,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tests.kernels.kernel_inputs import SIZES, normal
 from vtprune.errors import ConfigError, InputError
-from vtprune.kernels.topk_sorted import topk_sorted
+from vtprune.kernels.topk_sorted import ranked, topk_sorted
 
 NAN, INF = math.nan, math.inf
 
@@ -54,6 +54,11 @@ def test_minus_zero_does_not_lose_to_zero() -> None:
 def test_nan_is_taken_last() -> None:
     assert topk_sorted(torch.tensor([[NAN, -5.0, NAN, -7.0]]), 3).tolist() == [[0, 1, 3]]
     assert topk_sorted(torch.full((1, 4), NAN), 2).tolist() == [[0, 1]]
+
+
+def test_ranked_puts_ties_in_order_and_nan_last() -> None:
+    scores = torch.tensor([[0.0, NAN, -0.0, 3.0, 3.0, -1.0], [INF, 0.5, -INF, NAN, 0.5, INF]])
+    assert ranked(scores).tolist() == [[3, 4, 0, 2, 5, 1], [0, 5, 1, 4, 2, 3]]
 
 
 def test_float64_keeps_its_differences() -> None:

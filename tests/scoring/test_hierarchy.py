@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from vtprune.errors import InputError
-from vtprune.scoring.hierarchy import claims, neighbours, ranked, take
+from vtprune.scoring.hierarchy import claims, neighbours, take
 
 NAN = float("nan")
 
@@ -37,11 +37,6 @@ def test_without_a_grid_nothing_is_near(wrap: bool) -> None:
 def test_a_grid_of_another_size_is_refused() -> None:
     with pytest.raises(InputError, match=r"grid=\(1, 2, 3\) holds 6 tokens, but there are 12"):
         neighbours(torch.tensor([[3]]), 12, (1, 2, 3))
-
-
-def test_ranked_puts_ties_in_order_and_nan_last() -> None:
-    score = torch.tensor([[0.0, NAN, -0.0, 3.0, 3.0, -1.0]])
-    assert ranked(score).tolist() == [[3, 4, 0, 2, 5, 1]]
 
 
 def test_anchors_claim_first_then_what_is_around_them() -> None:

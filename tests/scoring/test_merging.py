@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vtprune.scoring.merging import absorb, falling, gridded, outlier_share
+from vtprune.scoring.merging import absorb, gridded, outlier_share
 
 
 def test_outliers_are_above_the_upper_fence():
@@ -15,11 +15,6 @@ def test_outliers_are_above_the_upper_fence():
     nan = torch.full((9,), float("nan"))
     shares = outlier_share(torch.stack([even, above, below, nan]))
     assert shares == [0.0, 2 / 9, 1 / 9, 0.0]
-
-
-def test_falling_scores_with_ties_and_nan():
-    score = torch.tensor([[0.1, float("nan"), 0.5, 0.1, float("-inf"), 0.5]])
-    assert falling(score).tolist() == [[2, 5, 0, 3, 1, 4]]
 
 
 def test_the_best_then_a_grid_then_the_rest():

@@ -11,9 +11,11 @@ from torch import Tensor
 import vtprune
 from vtprune.errors import ConfigError
 from vtprune.registry import build
-from vtprune.types import Budget, Facts, Flow, Inside, Signals, Site
+from vtprune.types import Budget, Facts, Flow, Inside, LastFlow, Signals, Site
 
 CLIP = Facts(24, 22, True, Facts.signals_of(cls_row=True))
+NEXT = replace(CLIP, decoder_layers=32)  # images of any number of tokens
+LLAVA = replace(NEXT, n_tokens=576)
 
 
 def signals(relation: Tensor, stage: int, item: list[int] | None = None) -> Signals:
@@ -89,3 +91,69 @@ def test_nan_does_not_break_a_count() -> None:
 def test_layers_beyond_the_features_are_refused() -> None:
     with pytest.raises(ConfigError, match="distinct"):
         build("flowcut", layers=(23,)).plan(CLIP)
+
+
+def test_the_last_stage_is_in_the_language_model_and_the_others_leave_twice_the_budget() -> None:
+    *tower, last = build("flowcut").plan(NEXT)
+    assert [stage.layer for stage in tower] == list(range(1, 22, 2))
+    assert {stage.times for stage in tower} == {2}
+    assert (last.site, last.layer, last.needs, last.times) == (Site.DECODER, 2, (LastFlow(1),), 1)
+    several = replace(NEXT, in_tower=False, feature_block=23, decoder_layers=48, first_stage=4)
+    after, last = build("flowcut").plan(several)
+    assert (after.site, after.times) == (Site.PROJECTOR, 2)
+    assert (last.layer, last.needs) == (4, (LastFlow(3),))
+
+
+@pytest.mark.parametrize(
+    ("facts", "inside", "there"),
+    [
+        (NEXT, None, True),
+        (NEXT, False, False),
+        (LLAVA, None, False),
+        (LLAVA, True, True),
+        (CLIP, None, False),
+        (replace(NEXT, decoder_layers=1), None, False),
+    ],
+)
+def test_whether_tokens_leave_in_the_language_model(facts, inside, there) -> None:
+    stages = build("flowcut", inside=inside).plan(facts)
+    assert [stage.site for stage in stages].count(Site.DECODER) == there
+    assert {stage.times for stage in stages if stage.site is Site.ENCODER} == {1 + there}
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_a_language_model_without_such_a_layer_is_refused(depth) -> None:
+    with pytest.raises(ConfigError, match=r"inside=True: .* no layer .* leave it out"):
+        build("flowcut", inside=True).plan(replace(LLAVA, decoder_layers=depth))
+    with pytest.raises(ConfigError, match="'yes' must be True, False or None"):
+        build("flowcut", inside="yes")
+
+
+def sample(n: int, *images: tuple[int, ...]) -> Signals:
+    """In the language model, of rows with ``n`` tokens left of images of these sizes."""
+    score = torch.arange(n).expand(len(images), n).float()
+    return Signals(
+        torch.zeros(len(images), n, 1),
+        values={LastFlow(1): -score},
+        inside=Inside(0, (2,), 32, (n,) * len(images), images=images),
+    )
+
+
+def test_a_sample_keeps_what_its_images_may_keep() -> None:
+    given = sample(16, (30, 7), (10, 3, 3), (576,))
+    assert build("flowcut").counts(given, Budget.of(4)) == [8, 10, 4]
+    assert build("flowcut").counts(given, Budget.of(8)) == [15, 14, 8]
+    assert build("flowcut").counts(given, Budget.of(0.3)) == [11, 5, 16]  # of each image, rounded
+    assert build("flowcut").counts(given, Budget.of(1.0)) == [16, 16, 16]
+    assert build("flowcut").counts(given.rows(torch.tensor([1])), Budget.of(4)) == [10]
+
+
+def test_there_it_keeps_the_largest_flow_to_the_last_token() -> None:
+    assert vtprune.select("flowcut", keep=3, signals=sample(8, (8,))).rows.tolist() == [[0, 1, 2]]
+
+
+def test_twice_a_budget() -> None:
+    assert Budget.of(64).times(2) == Budget.of(128)
+    assert Budget.of(0.3).times(2) == Budget.of(0.6)
+    assert Budget.of(0.7).times(2) == Budget.of(1.0)
+    assert Budget.of(0.7).times(1) == Budget.of(0.7)

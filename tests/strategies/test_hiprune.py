@@ -55,14 +55,11 @@ def test_the_blocks_that_it_reads(model: Facts, layers: tuple[int, ...]) -> None
     assert build("hiprune").needs(model) == tuple(Received(layer) for layer in layers)
 
 
-def test_each_tile_is_decided_alone_unless_text_is_read() -> None:
-    tower = TOWERS["with CLS"]
-    assert [stage.site for stage in build("hiprune").plan(tower)] == [Site.ENCODER]
-    (stage,) = build("hiprune", plus=True).plan(tower)
-    assert stage.site is Site.PROJECTOR
-    assert InstructionText() in stage.needs
-    (stage,) = build("hiprune").plan(replace(tower, in_tower=False))
-    assert stage.site is Site.PROJECTOR
+def test_it_acts_after_the_projector_and_may_read_the_instruction() -> None:
+    for plus in (False, True):
+        (stage,) = build("hiprune", plus=plus).plan(TOWERS["with CLS"])
+        assert stage.site is Site.PROJECTOR
+        assert (InstructionText() in stage.needs) is plus
 
 
 def test_an_anchor_stays_with_its_neighbours() -> None:

@@ -87,6 +87,18 @@ def rows_of(ids: Tensor, items: Sequence[Item]) -> list[int]:
     return rows
 
 
+def of_patches(ids: Tensor, items: Sequence[Item]) -> Tensor:
+    """Marks the visual tokens among ``ids`` ``[B, L]`` that are made of patches, bool."""
+    made = torch.zeros_like(ids, dtype=torch.bool)
+    for token in {item.modality.placeholder for item in items}:
+        own = [item for item in items if item.modality.placeholder == token]
+        marks = [torch.zeros(len(item), dtype=torch.bool, device=ids.device) for item in own]
+        for item, mark in zip(own, marks, strict=True):
+            mark[item.free.to(ids.device)] = True
+        made[ids == token] = torch.cat(marks)
+    return made
+
+
 def shorten(
     ids: Tensor, valid: Tensor, items: Sequence[Item], selections: Sequence[Selection]
 ) -> Prompt:

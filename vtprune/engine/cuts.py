@@ -46,6 +46,10 @@ class Cut:
     def valid(self) -> Tensor:
         return self.index >= 0
 
+    def of(self, mask: Tensor) -> Tensor:
+        """Returns ``mask`` ``[B, L]`` bool of the prompt at these columns, ``[B, n]``."""
+        return self.valid & mask.gather(1, self.index.clamp(min=0))
+
     def keep(self, stays: Tensor, valid: Tensor, *, renumber: bool) -> Cut:
         """Returns what is left when only ``stays`` ``[B, n]`` do; ``valid`` as in ``whole``."""
         counts = stays.sum(1)

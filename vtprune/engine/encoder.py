@@ -9,9 +9,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from vtprune.engine.compaction import rows_of
 from vtprune.engine.items import Item, items_of, stand
 from vtprune.engine.reducer import BlockReducer
-from vtprune.engine.signals import Images, Step, decide, survive
+from vtprune.engine.scopes import decide_in_scope
+from vtprune.engine.signals import Images, Step, survive
 from vtprune.engine.tap import Tap, reading
 from vtprune.engine.text_tower import TextTower
 from vtprune.types import Joint, Newlines, Selection, Site, TowerNeed
@@ -57,10 +59,12 @@ def encode(
     for run in runs[1:]:
         images = images.and_also(run.images)
     items = [item for run in runs for item in run.items]
+    samples = rows_of(batch["input_ids"], items)
     if text is not None:
         images.text = text(items)
     for i, step in enumerate(after):
-        images = survive(images, decide(step, images), tower_needs(after[i + 1 :]))
+        chosen = decide_in_scope(step, images, samples)
+        images = survive(images, chosen, tower_needs(after[i + 1 :]))
     stood = [
         stand(item, chosen, tokens, newlines)
         for item, chosen, tokens in zip(items, images.kept, images.tokens, strict=True)
@@ -149,6 +153,7 @@ class _Run:
             {need: self.values(need) for need in needs},
             None,
             [Selection.all(1, len(item.free), item.free.device) for item in self.items],
+            tiles=[item.tiles for item in self.items],
         )
 
     def pack(self, stood: Sequence[tuple[Selection, Tensor]]) -> Any:

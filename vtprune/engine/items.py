@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vtprune.errors import InputError, UnsupportedError
 from vtprune.types import Mix, Newlines, Selection
-from vtprune.vlm_adapters._base import Batch, Grid, Modality, VLMAdapter
+from vtprune.vlm_adapters._base import Batch, Grid, Modality, VLMAdapter, square
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,9 @@ class Item:
         grid: ``(t, h, w)`` of the free tokens, or None.
         free: ``[m]`` int64, positions of the tokens that a strategy may choose from.
         fixed: ``[n - m]`` int64, positions of the others.
+        tiles: ``[m, 3]`` float64 on the CPU, of each free token its tile or frame, and its row and
+            column there; None where a token is made of several tiles. Rows and columns are means
+            where a token is made of several patches, 0 where tiles are not square.
     """
 
     modality: Modality
@@ -34,6 +37,7 @@ class Item:
     grid: Grid | None
     free: Tensor
     fixed: Tensor
+    tiles: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -50,11 +54,11 @@ def items_of(adapter: VLMAdapter, modality: Modality, output: Any, batch: Batch)
         InputError: the connector carries patches to other numbers of tokens than the model made.
     """
     tokens = adapter.tokens(modality, output, batch)
-    free = [torch.ones(len(x), dtype=torch.bool, device=x.device) for x in tokens]
+    carried = [torch.zeros(len(x), 4, device="cpu") for x in tokens]
     if adapter.facts.vision_layers:
-        n = n_patches(output.last_hidden_state, adapter.n_prefix)
-        probe = torch.zeros(n, 1, device=tokens[0].device)
-        free = [~x[:, 0].isnan() for x in adapter.carry(modality, probe, batch)]
+        probe = _places(adapter, modality, output.last_hidden_state, batch)
+        carried = adapter.carry(modality, probe, batch)
+    free = [~x[:, 0].isnan() for x in carried]
     if [len(x) for x in free] != [len(x) for x in tokens]:
         raise InputError(
             f"{adapter.facts.family}: {modality.pixels[0]} give {[len(x) for x in tokens]} visual "
@@ -63,9 +67,38 @@ def items_of(adapter: VLMAdapter, modality: Modality, output: Any, batch: Batch)
         )
     grids = adapter.grids(modality, [int(f.sum()) for f in free], batch)
     return [
-        Item(modality, x, grid, f.nonzero()[:, 0], (~f).nonzero()[:, 0])
-        for x, f, grid in zip(tokens, free, grids, strict=True)
+        Item(modality, x, grid, _at(f, x), _at(~f, x), _tiles(places[f]))
+        for x, f, grid, places in zip(tokens, free, grids, carried, strict=True)
     ]
+
+
+def _at(mask: Tensor, tokens: Tensor) -> Tensor:
+    return mask.nonzero()[:, 0].to(tokens.device)
+
+
+def _places(adapter: VLMAdapter, modality: Modality, states: Tensor, batch: Batch) -> Tensor:
+    """Returns of each patch its tile, the square of that, its row and its column, ``[P, 4]``.
+
+    In float64, which tells a mean of many tiles from a tile, on the CPU, where it is looked at.
+    """
+    lengths, side = adapter.segments(modality, batch), 0
+    if lengths is None:
+        width = states.shape[-2] - adapter.n_prefix
+        lengths, grid = [width] * len(states), square(width)
+        side = grid[1] if grid else 0
+    sizes = torch.tensor(lengths, device="cpu")
+    tile = torch.repeat_interleave(sizes)
+    within = torch.arange(len(tile), device="cpu") - (sizes.cumsum(0) - sizes)[tile]
+    row, column = (within // side, within % side) if side else (within * 0, within * 0)
+    return torch.stack([tile, tile**2, row, column], dim=1).double()
+
+
+def _tiles(carried: Tensor) -> Tensor | None:
+    """Returns ``Item.tiles`` from what the connector made of ``_places``, ``[m, 4]``."""
+    tile, squared = carried[:, 0], carried[:, 1]
+    if bool((squared - tile**2 > 1e-6).any()):  # their variance: the token is of several tiles
+        return None
+    return torch.stack([tile.round(), carried[:, 2], carried[:, 3]], dim=1)
 
 
 def n_patches(states: Tensor, n_prefix: int) -> int:

@@ -11,60 +11,19 @@ import functools
 import inspect
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vtprune.engine.cuts import Cut, Rotary, is_static
+from vtprune.engine.decoding import Decoding
 from vtprune.engine.report import StageReport
+from vtprune.engine.rows import READERS
 from vtprune.engine.signals import Images, Step, decide
-from vtprune.engine.tap import KeyNorms, Rows, reading
+from vtprune.engine.tap import reading
 from vtprune.errors import UnsupportedError
-from vtprune.types import DecoderNeed, Inside, KeyNorm, Normed, Selection
-
-
-@dataclass
-class Decoding:
-    """One prompt on its way through the language model, and the tokens decoded after it.
-
-    Attributes:
-        valid, visual: ``[B, L]`` bool, columns of the prompt that are tokens, and visual ones.
-        cuts: by layer, what is left from that layer on.
-        rows: what was read, ``[B, L, ...]`` over the columns of the prompt.
-        left: what the stages did, for the report.
-    """
-
-    valid: Tensor
-    visual: Tensor
-    copies: int = 1
-    cuts: dict[int, Cut] = field(default_factory=dict)
-    rows: dict[DecoderNeed, Tensor] = field(default_factory=dict)
-    left: list[StageReport] = field(default_factory=list)
-    prefilled: bool = False
-
-    def expand(self, batch: int) -> None:
-        """Repeats every row as ``generate`` does for beams and several sequences per prompt."""
-        self.copies = batch // len(self.valid)
-        self.valid = self.valid.repeat_interleave(self.copies, dim=0)
-        self.visual = self.visual.repeat_interleave(self.copies, dim=0)
-
-    def on(self, device: torch.device) -> Decoding:
-        """Moves everything to the device of the layer that runs now."""
-        if self.valid.device != device:
-            self.valid, self.visual = self.valid.to(device), self.visual.to(device)
-            self.cuts = {layer: cut.to(device) for layer, cut in self.cuts.items()}
-            self.rows = {need: value.to(device) for need, value in self.rows.items()}
-        return self
-
-    def cut(self, layer: int) -> Cut | None:
-        """What ``layer`` still sees; None = everything."""
-        before = [at for at in self.cuts if at <= layer]
-        return self.cuts[max(before)] if before else None
-
-    def final(self) -> Cut | None:
-        return self.cut(max(self.cuts, default=0))
+from vtprune.types import DecoderNeed, Inside, Normed, Selection
 
 
 class Layers:
@@ -191,8 +150,7 @@ class Layers:
                 normed = self.model.norm(hidden).to(hidden.device, torch.float32)
             return columns.spread(normed, length)
         layer: Any = self.layers[need.layer]
-        reader = KeyNorms if isinstance(need, KeyNorm) else Rows
-        rows = reader(layer.self_attn, columns.valid)
+        rows = READERS[type(need)](layer.self_attn, columns.valid, columns.of(decoding.visual))
         with torch.no_grad(), reading(rows), rows.only():  # as far as its queries and keys
             layer.self_attn(layer.input_layernorm(hidden), **{**kwargs, "past_key_values": None})
         return columns.spread(rows.value(), length)
@@ -202,9 +160,11 @@ class Layers:
     ) -> tuple[Tensor, Cut | None]:
         """Asks the strategy once per prompt; its copies follow. No cut where nothing leaves."""
         columns = Cut.whole(decoding.valid) if cut is None else cut
-        visual = columns.valid & decoding.visual.gather(1, columns.index.clamp(min=0))
-        asked = [b for b in range(0, len(hidden), decoding.copies) if bool(visual[b].any())]
-        spots = {b: visual[b].nonzero()[:, 0] for b in asked}
+        # Who counts whole images, as before the language model, chooses from what they count.
+        per_sample = step.strategy.acts_inside
+        offered = columns.of(decoding.visual if per_sample else decoding.patches)
+        asked = [b for b in range(0, len(hidden), decoding.copies) if bool(offered[b].any())]
+        spots = {b: offered[b].nonzero()[:, 0] for b in asked}
         chosen = self._decide(decoding, step, columns, hidden, spots)
         stays, merged = columns.valid.clone(), hidden.clone()
         for (b, places), selection in zip(spots.items(), chosen, strict=True):
@@ -213,8 +173,8 @@ class Layers:
                 stays[copy, places] = False
                 stays[copy, slots] = True
                 merged[copy, slots] = selection.apply(hidden[copy, places][None])[0]
-            tokens, kept = len(places), len(slots)
-            number = step.stage.layer or 0
+            tokens, number = int(columns.of(decoding.visual)[b].sum()), step.stage.layer or 0
+            kept = tokens - len(places) + len(slots)
             decoding.left.append(StageReport(number, b // decoding.copies, tokens, kept))
         if all(selection.is_identity for selection in chosen):
             return hidden, None
@@ -242,6 +202,7 @@ class Layers:
                 {need: decoding.rows[need][b, columns.index[b, places]] for need in needs}
                 for b, places in later.items()
             ),
+            tuple(tuple(decoding.images[b // decoding.copies]) for b in spots),
         )
         images = Images(
             [hidden[b, places] for b, places in spots.items()],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 from transformers import PreTrainedModel
 
@@ -22,6 +22,7 @@ from vtprune.types import (
     Keep,
     Newlines,
     Positions,
+    Scope,
     Selection,
     Signals,
     Site,
@@ -44,6 +45,7 @@ def wrap(
     layers: Sequence[int] | None = None,
     positions: Positions | None = None,
     newlines: Newlines | None = None,
+    scope: Scope | None = None,
     processor: Any = None,
     text_encoder: Any = None,
     **options: Any,
@@ -61,9 +63,12 @@ def wrap(
             but ``keep`` where they have several axes (M-RoPE).
         newlines: ``keep`` the tokens that end a row of a tiled image, or let them leave with the
             last token of their ``row``; default as the authors. ``keep=`` never counts them.
+        scope: what competes for a budget: the tokens of a ``tile`` (of a video: a frame), of an
+            ``image`` (or video), or of all images and videos of a ``sample``, which share the sum
+            of their budgets; default as the authors. ``keep=`` counts per image with any.
         processor: needed by text-guided strategies, to tell words from special tokens.
-        text_encoder: for strategies with ``tower=True``: the ``CLIPModel`` that the vision tower
-            was taken from, and its tokenizer.
+        text_encoder: the ``CLIPModel`` that the vision tower was taken from, and its tokenizer;
+            text-guided strategies then compare in its space, as their authors do.
         **options: fields of the strategy.
 
     Raises:
@@ -84,7 +89,7 @@ def wrap(
         raise ConfigError("Options and layers of several strategies go on their instances.")
     chosen = [_with_layers(build(s, **options), layers) for s in listed]
     facts = _with_text(chosen, facts, text_tower)
-    steps = _steps(chosen, _budgets(keep, len(chosen)), facts, _policy(positions, facts))
+    steps = _steps(chosen, _budgets(keep, len(chosen)), facts, _policy(positions, facts), scope)
     if processor is None and any(step.stage.reads_text for step in steps):
         raise ConfigError(
             f"{chosen[0].name} reads the instruction; pass processor= (the model's own), so that "
@@ -185,6 +190,7 @@ def _steps(
     budgets: Sequence[Budget],
     facts: Facts,
     policy: Positions | None,
+    scope: Scope | None,
 ) -> list[Step]:
     steps: list[Step] = []
     for strategy, budget in zip(chosen, budgets, strict=True):
@@ -195,9 +201,15 @@ def _steps(
         for stage in strategy.plan(facts):
             check_needs(stage.needs, facts, strategy.name)
             _check_order(strategy, stage, steps)
+            _check_scope(strategy, stage, scope, facts)
             if stage.site is Site.ENCODER and earlier:
                 raise UnsupportedError(
                     f"{strategy.name} works inside the encoder, so it must come first in the list."
+                )
+            if stage.site is Site.DECODER and earlier and not strategy.acts_inside:
+                raise UnsupportedError(
+                    f"{strategy.name} counts the tokens of whole images inside the language model, "
+                    "so it must come first in the list."
                 )
             if stage.site is Site.ENCODER and stage.reads_text:
                 raise UnsupportedError(
@@ -217,7 +229,8 @@ def _steps(
                     "token of several patches. Use a strategy that acts after the projector."
                 )
             ids: Positions = "keep" if facts.mrope else policy or strategy.positions
-            steps.append(Step(strategy, stage, budget, ids))
+            left = budget.times(stage.times)
+            steps.append(Step(strategy, stage, left, ids, scope or strategy.scope))
     return steps
 
 
@@ -234,27 +247,45 @@ def _check_order(strategy: Strategy, stage: Stage, before: Sequence[Step]) -> No
     )
 
 
+def _check_scope(strategy: Strategy, stage: Stage, given: Scope | None, facts: Facts) -> None:
+    """Raises where ``given`` is unknown, or the place of a stage says what competes there."""
+    if given not in (None, *get_args(Scope)):
+        known = ", ".join(map(repr, get_args(Scope)))
+        raise ConfigError(f"scope={given!r} is unknown; choose one of {known}.")
+    if given in (None, strategy.scope) or stage.site is Site.PROJECTOR:
+        return
+    where, possible = "on a whole sample, inside the language model", {"sample"}
+    if stage.site is Site.ENCODER:
+        where, possible = "tile by tile, inside the vision tower", {"tile"}
+        if facts.n_tokens is not None:  # then every image is one tile
+            possible.add("image")
+    if given not in possible:
+        raise UnsupportedError(
+            f"scope={given!r}: {strategy.name} decides {where}. Leave scope out, or use a "
+            "strategy that acts after the projector."
+        )
+
+
 def _with_text(chosen: Sequence[Strategy], facts: Facts, tower: TextTower | None) -> Facts:
     """Returns the facts with what a text tower adds.
 
     Raises:
-        ConfigError: one is missing, or read by none or only by some that read the instruction.
+        ConfigError: no strategy reads one, or some read the instruction in another way.
     """
+    if tower is None:
+        return facts
+    facts = replace(facts, signals=facts.signals | {Joint})
     stages = [stage for strategy in chosen for stage in strategy.plan(facts)]
-    joint = [any(isinstance(need, Joint) for need in stage.needs) for stage in stages]
-    if any(joint) and tower is None:
-        raise ConfigError(
-            "tower=True needs CLIP's text tower; pass text_encoder=(clip, its_tokenizer), or leave "
-            "tower out to compare with the language model's embeddings."
-        )
-    if tower is not None and not any(joint):
+    reading = [stage for stage in stages if stage.reads_text]
+    joint = [stage for stage in reading if any(isinstance(need, Joint) for need in stage.needs)]
+    if not joint:
         raise ConfigError("text_encoder was given, but no strategy here reads it; leave it out.")
-    if any(joint) and any(s.reads_text and not j for s, j in zip(stages, joint, strict=True)):
+    if len(joint) < len(reading):
         raise ConfigError(
-            "One strategy reads the instruction by a text tower, another by the language model's "
-            "embeddings. Give tower=True to all of them or to none."
+            "One strategy reads the instruction by text_encoder, another by the language model's "
+            "embeddings. Leave text_encoder out, or wrap with one of them."
         )
-    return facts if tower is None else replace(facts, signals=facts.signals | {Joint})
+    return facts
 
 
 def _policy(given: Positions | None, facts: Facts) -> Positions | None:

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vtprune.engine.blocks import Blocks
 from vtprune.engine.items import Item, join, n_patches, sources
-from vtprune.engine.signals import Images, Step, decide, refuse_orphans
+from vtprune.engine.signals import Images, Step, decide, left_of, refuse_orphans
 from vtprune.engine.tap import Tap
-from vtprune.engine.tower import Blocks, Climb
+from vtprune.engine.tower import Climb
 from vtprune.errors import HookError, UnsupportedError
 from vtprune.types import Budget, Joint, Selection, TowerNeed
 from vtprune.vlm_adapters._base import Batch, Modality, VLMAdapter, square
@@ -40,6 +41,7 @@ class BlockReducer:
         self.block = adapter.facts.feature_block
         layer = self.step.stage.layer
         self.first = self.block if layer is None else layer
+        self.climbs = self.first < self.block or self.step.stage.before_mlp
         self.chosen: list[Selection] | None = None
         self.spots: list[Tensor] = []
         self.owners: list[Tensor] = []
@@ -49,14 +51,14 @@ class BlockReducer:
     @contextmanager
     def hooked(self) -> Iterator[None]:
         blocks = self.adapter.blocks(self.modality)
-        hooks = [(self.block, self._reduce)]
-        if self.first < self.block:
-            hooks = [(self.first, self._climb), (self.block, self._arrive)]
+        hook = self._arrive if self.climbs else self._reduce
         with ExitStack() as undo:
-            for number, hook in hooks:
-                # Ahead of transformers' own capture of hidden states, which a used model has.
-                handle = blocks[number].register_forward_hook(hook, prepend=True, with_kwargs=True)
-                undo.callback(handle.remove)
+            if self.climbs:
+                first = blocks[self.first].register_forward_pre_hook(self._climb, with_kwargs=True)
+                undo.callback(first.remove)
+            # Ahead of transformers' own capture of hidden states, which a used model has.
+            last = blocks[self.block].register_forward_hook(hook, prepend=True, with_kwargs=True)
+            undo.callback(last.remove)
             yield
         if self.chosen is None:
             name = type(blocks[self.block]).__name__
@@ -74,30 +76,42 @@ class BlockReducer:
         self.spots = [row.nonzero()[:, 0] for row in used.view(tiles, self.width)]
         return [b for b, spots in enumerate(self.spots) if len(spots)]
 
-    def _climb(
-        self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Tensor
-    ) -> Tensor | None:
+    def _climb(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         """Goes on to the features as tokens leave; one patch passes through the tower meanwhile."""
-        busy = self._locate(output)
+        states, p = args[0], self.adapter.n_prefix
+        busy = self._locate(states)
         budgets = dict(zip(busy, self._budgets(busy), strict=True))
         if all(budget.count(n := len(self.spots[b])) == n for b, budget in budgets.items()):
             self.chosen = [Selection.all(1, len(spots), spots.device) for spots in self.spots]
             return None
-        if any(isinstance(x, Tensor) for x in (*args[1:], *kwargs.values())):
+        self._refuse_masks(module, (*args[1:], *kwargs.values()))
+        others = {name: value for name, value in kwargs.items() if name != "attention_mask"}
+        blocks = Blocks(
+            self.adapter.blocks(self.modality)[: self.block + 1],
+            lambda block, states, mask: block.forward(states, mask, *args[2:], **others),
+            self.tap,
+            p,
+        )
+        images = {b: i for i, owner in enumerate(self.owners) for b in self._tiles(owner)}
+        self.climb = Climb(blocks, self.steps, states, self.spots, budgets, images)
+        self.chosen = self.climb.chosen()
+        return (states[:, : p + 1], *args[1:]), kwargs
+
+    def _refuse_masks(self, module: nn.Module, given: Sequence[Any]) -> None:
+        """Raises UnsupportedError for a mask that cannot be cut, or one that cannot be added."""
+        if any(isinstance(x, Tensor) for x in given):
             raise UnsupportedError(
                 f"{type(module).__name__} was given a mask or positions, which do not get shorter "
                 "with the tokens. Use a strategy that acts after the tower."
             )
-        blocks = Blocks(
-            self.adapter.blocks(self.modality)[: self.block + 1],
-            lambda block, states: block.forward(states, *args[1:], **kwargs),
-            self.tap,
-            self.adapter.n_prefix,
-        )
-        images = {b: i for i, owner in enumerate(self.owners) for b in self._tiles(owner)}
-        self.climb = Climb(blocks, self.steps, output, self.spots, budgets, images)
-        self.chosen = self.climb.chosen()
-        return output[:, : self.adapter.n_prefix + 1]
+        attention = self.adapter.tower(self.modality).config._attn_implementation
+        weighs = any(step.stage.proportional for step in self.steps)
+        if weighs and attention not in ("eager", "sdpa"):
+            raise UnsupportedError(
+                f"{self.step.strategy.name} weighs tokens of the tower by a mask, which "
+                f"{attention!r} does not take. Load the model with attn_implementation='sdpa', or "
+                "use a strategy that acts after the tower."
+            )
 
     def _arrive(
         self, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Tensor
@@ -155,7 +169,7 @@ class BlockReducer:
 
     def refuse(self, needs: Sequence[TowerNeed]) -> None:
         """Raises UnsupportedError for what a later step cannot be given once tokens have left."""
-        if self.first == self.block:
+        if not self.climbs:
             return
         for need in needs:
             if need.layer > self.block or (isinstance(need, Joint) and need.layer >= self.first):
@@ -181,6 +195,7 @@ class BlockReducer:
             {n: [x[s] for x, s in zip(v, slots, strict=True)] for n, v in images.values.items()},
             None,
             kept,
+            tiles=left_of(images.tiles, kept),
         )
 
     def _join(self, owner: Tensor) -> tuple[Selection, Tensor]:

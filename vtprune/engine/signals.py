@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from vtprune.types import (
     Mix,
     Positions,
     Quantity,
+    Scope,
     Selection,
     Signals,
     Stage,
@@ -26,12 +27,16 @@ from vtprune.types import (
 
 @dataclass(frozen=True)
 class Step:
-    """A stage with the strategy that planned it, the budget it keeps, and its position ids."""
+    """A stage with the strategy that planned it, the budget it keeps, and its position ids.
+
+    ``scope`` says what competes for the budget of a stage after the projector.
+    """
 
     strategy: Strategy
     stage: Stage
     budget: Budget
     positions: Positions
+    scope: Scope = "image"
 
 
 @dataclass
@@ -42,7 +47,8 @@ class Images:
     the positions before the first stage. Inside the language model the samples take the place of
     the images, and ``inside`` says where. ``budgets`` take the place of the step's,
     and a mix may read ``n_prefix`` tokens after those of an image. Of tiles ``owners`` says which
-    image each is a part of.
+    image each is a part of, and ``sizes`` (``[n_i]`` each) how many patches a token stands for.
+    ``tiles`` say of what part of their image tokens are, as those of an ``Item``.
     """
 
     tokens: list[Tensor]
@@ -54,6 +60,8 @@ class Images:
     budgets: Sequence[Budget] | None = None
     n_prefix: int = 0
     owners: Sequence[int] | None = None
+    sizes: Sequence[Tensor] | None = None
+    tiles: list[Tensor | None] = field(default_factory=list)
 
     def and_also(self, others: Images) -> Images:
         """Returns these images and, after them, the others, with the same quantities."""
@@ -63,6 +71,7 @@ class Images:
             {need: value + others.values[need] for need, value in self.values.items()},
             None,
             self.kept + others.kept,
+            tiles=self.tiles + others.tiles,
         )
 
 
@@ -77,8 +86,9 @@ def decide(step: Step, images: Images) -> list[Selection]:
     budgets = images.budgets or [step.budget] * len(images.tokens)
     for i, tokens in enumerate(images.tokens):
         groups[len(tokens), images.grids[i], budgets[i]].append(i)
-    for members in groups.values():
-        signals = _signals(step, images, members)
+    every = [_signals(step, images, members) for members in groups.values()]
+    for members, group in zip(groups.values(), every, strict=True):
+        signals = replace(group, groups=every)
         counts = step.strategy.counts(signals, budgets[members[0]])
         for k in sorted(set(counts)):
             rows = [row for row, count in enumerate(counts) if count == k]
@@ -104,6 +114,7 @@ def _signals(step: Step, images: Images, members: Sequence[int]) -> Signals:
         None if images.text is None else [images.text[i] for i in members],
         images.inside and images.inside.of(members),
         images.n_prefix,
+        None if images.sizes is None else torch.stack([images.sizes[i] for i in members]),
     )
 
 
@@ -133,7 +144,16 @@ def survive(images: Images, chosen: Sequence[Selection], later: Collection[Tower
         },
         images.text,
         [compose(a, b) for a, b in zip(images.kept, chosen, strict=True)],
+        tiles=left_of(images.tiles, chosen),
     )
+
+
+def left_of(tiles: Sequence[Tensor | None], chosen: Sequence[Selection]) -> list[Tensor | None]:
+    """Returns the ``tiles`` of what was chosen; a new token is where its slot is."""
+    return [
+        None if places is None else places[s.slots[0].cpu()]
+        for places, s in zip(tiles, chosen, strict=True)
+    ]
 
 
 def refuse_orphans(chosen: Sequence[Selection], later: Collection[TowerNeed]) -> None:
@@ -169,28 +189,3 @@ def _matrix(selection: Selection, width: int) -> Tensor:
         return weights.scatter_(1, selection.rows[0][:, None], 1.0)
     mix = selection.mix
     return weights.index_put_((mix.target[0], mix.source[0]), mix.weight[0], accumulate=True)
-
-
-def instruction_text(
-    ids: Tensor,
-    valid: Tensor,
-    visual: Tensor,
-    special: Sequence[int],
-    embed: Callable[[Tensor], Tensor],
-) -> list[Tensor]:
-    """Embeds the instruction words of each sample, ``[M_b, D]``.
-
-    They are the non-visual, non-special tokens after the sample's last image, else all such tokens.
-
-    Args:
-        ids: ``[B, L]`` prompt with placeholders; ``valid`` ``[B, L]`` bool marks real tokens.
-        visual: ``[B, L]`` bool, placeholders; ``special``: ids of special tokens.
-        embed: the language model's embedding table.
-    """
-    special_ids = torch.tensor(list(special), device=ids.device)
-    words = valid & ~visual & ~torch.isin(ids, special_ids)
-    after = words & (visual.flip(1).cumsum(1).flip(1) == 0)
-    texts = []
-    for row, tail, every in zip(ids, after, words, strict=True):
-        texts.append(embed(row[tail if bool(tail.any()) else every]))
-    return texts

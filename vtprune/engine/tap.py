@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -22,13 +22,33 @@ from vtprune.kernels.attn_received import attn_received
 from vtprune.kernels.attn_rows import attn_rows
 from vtprune.types import ClsRow, Flow, Keys, Received, TowerNeed, WideClsRow, WideKeys
 
-_reading: ContextVar[Tap | Rows | None] = ContextVar("vtprune_tap", default=None)
+_reading: ContextVar[Reader | None] = ContextVar("vtprune_tap", default=None)
 _users: Counter[str] = Counter()
 _previous: dict[str, Callable[..., Any] | None] = {}
 
 
 class Enough(Exception):
     """Ends the call of a block whose queries and keys are all that is wanted of it."""
+
+
+class Reader(Protocol):
+    """What a ``reading`` block lets look at the attention calls of its context."""
+
+    def reads(self, module: nn.Module) -> bool:
+        """Returns whether something is wanted of ``module``."""
+        ...
+
+    def read(
+        self,
+        module: nn.Module,
+        q: Tensor,
+        k: Tensor,
+        mask: Tensor | None,
+        scale: float | None,
+        v: Tensor | None = None,
+    ) -> None:
+        """Takes what is wanted of ``module`` from ``q``, ``k``, ``v`` ``[B, H, S, d]``."""
+        ...
 
 
 class Tap:
@@ -68,9 +88,10 @@ class Tap:
         v: Tensor | None = None,
     ) -> None:
         """Reduces ``q``, ``k``, ``v`` ``[B, H, S, d]`` to what is wanted of ``module``."""
+        added = None if len(self.segments) > 1 else _added(mask)
         for queries, keys, values in self._parts(q, k, k if v is None else v, mask):
             for need in self.wanted[module]:
-                value = self._reduce(need, queries, keys, values, scale)
+                value = self._reduce(need, queries, keys, values, scale, added)
                 self._read.setdefault(need, []).append(value.flatten(0, 1))
         if module is self._ahead:
             raise Enough
@@ -100,20 +121,28 @@ class Tap:
         return [(q, k, v)]
 
     def _reduce(
-        self, need: TowerNeed, q: Tensor, k: Tensor, v: Tensor, scale: float | None
+        self,
+        need: TowerNeed,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        scale: float | None,
+        added: Tensor | None,
     ) -> Tensor:
+        if isinstance(need, Keys):
+            return k.float().mean(1)[:, self.n_prefix :]
+        if isinstance(need, WideKeys):
+            return _wide(k)[:, 0, self.n_prefix :].float()
+        if isinstance(need, WideClsRow):
+            q, k, scale = _wide(q), _wide(k), None
+        if added is not None:
+            q, k, scale = _joined(q, k, added, scale)
         if isinstance(need, Flow):
             return _flow(q, k, v, scale, self.n_prefix)
-        if isinstance(need, ClsRow):
+        if isinstance(need, (ClsRow, WideClsRow)):
             return attn_rows(q[:, :, :1], k, scale=scale)[:, self.n_prefix :]
         if isinstance(need, Received):
             return attn_received(q, k, scale=scale)[:, self.n_prefix :]
-        if isinstance(need, Keys):
-            return k.float().mean(1)[:, self.n_prefix :]
-        if isinstance(need, WideClsRow):
-            return attn_rows(_wide(q[:, :, :1]), _wide(k))[:, self.n_prefix :]
-        if isinstance(need, WideKeys):
-            return _wide(k)[:, 0, self.n_prefix :].float()
         raise HookError(f"The tap cannot read {need}.")
 
     def value(self, need: TowerNeed) -> Tensor:
@@ -145,10 +174,23 @@ def _flow(q: Tensor, k: Tensor, v: Tensor, scale: float | None, n_prefix: int) -
     query, anchor = (x[:, :, :1] if n_prefix else x.float().mean(2, keepdim=True) for x in (q, v))
     relation = attn_rows(query, k, scale=scale)[:, n_prefix:]
     semantic = attn_rows(anchor, v, scale=1.0)[:, n_prefix:]
-    density = v.float().mean(1).norm(1, dim=-1)[:, n_prefix:]
+    relation, score = passing(relation, semantic, v[:, :, n_prefix:])
+    return torch.stack([relation, score], dim=-1)
+
+
+def passing(relation: Tensor, semantic: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns how much flows through each token: its share of ``relation``, and its score.
+
+    Args:
+        relation: ``[B, N]`` attention of one query; ``semantic``: ``[B, N]`` likeness of values.
+        v: ``[B, Hkv, N, d]`` the values themselves.
+
+    Returns:
+        ``[B, N]`` each, float32.
+    """
     tiny = torch.finfo(torch.float32).tiny
     relation, semantic = (x / x.sum(1, keepdim=True).clamp(min=tiny) for x in (relation, semantic))
-    return torch.stack([relation, (relation + semantic) * density], dim=-1)
+    return relation, (relation + semantic) * v.float().mean(1).norm(1, dim=-1)
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -156,76 +198,30 @@ def _wide(x: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(2)[:, None]
 
 
+def _added(mask: Tensor | None) -> Tensor | None:
+    """Returns the mask if it adds the same to the products of all queries with a key."""
+    if mask is None or mask.ndim != 4 or mask.shape[2] > 1 or not mask.is_floating_point():
+        return None
+    return mask
+
+
+def _joined(
+    q: Tensor, k: Tensor, added: Tensor, scale: float | None
+) -> tuple[Tensor, Tensor, float]:
+    """Lets products of queries and keys say by one more dimension what is added to them."""
+    factor = q.shape[-1] ** -0.5 if scale is None else scale
+    q, k = q.float(), k.float()
+    more = added.mT.float().expand(len(k), k.shape[1], -1, -1)
+    ones = torch.full_like(q[..., :1], 1 / factor)
+    return torch.cat([q, ones], dim=-1), torch.cat([k, more], dim=-1), factor
+
+
 def _hidden(mask: Tensor) -> Tensor:
     return ~mask.bool() if mask.dtype == torch.bool or mask.ndim == 2 else mask < 0
 
 
-class Rows:
-    """Reads the attention of the last token of each row in one module, then stops it.
-
-    Args:
-        module: the attention module; it is called inside ``only``.
-        valid: ``[B, n]`` bool, which of its columns are tokens.
-    """
-
-    def __init__(self, module: nn.Module, valid: Tensor) -> None:
-        self.module, self.valid = module, valid
-        self._value: Tensor | None = None
-
-    def read(
-        self,
-        module: nn.Module,
-        q: Tensor,
-        k: Tensor,
-        mask: Tensor | None,
-        scale: float | None,
-        v: Tensor | None = None,
-    ) -> None:
-        """Reduces ``q`` ``[B, H, n, d]`` and ``k`` ``[B, Hkv, n, d]`` to ``[B, n]``."""
-        self._value = self._reduce(q, k, scale)
-        raise Enough
-
-    def _reduce(self, q: Tensor, k: Tensor, scale: float | None) -> Tensor:
-        value = torch.zeros(self.valid.shape, device=q.device)  # of padding 0
-        for b, row in enumerate(self.valid):
-            spots = row.nonzero()[:, 0]
-            last = q[b : b + 1, :, spots[-1:]]
-            value[b, spots] = attn_rows(last, k[b : b + 1, :, spots], scale=scale)[0]
-        return value
-
-    def reads(self, module: nn.Module) -> bool:
-        """Returns whether it is this module that is read."""
-        return module is self.module
-
-    @contextmanager
-    def only(self) -> Iterator[None]:
-        """Ends the call of the module once its queries and keys were read."""
-        with suppress(Enough):
-            yield
-
-    def value(self) -> Tensor:
-        """Returns what was read, ``[B, n]`` float32.
-
-        Raises:
-            HookError: the module did not call the attention interface.
-        """
-        if self._value is None:
-            raise HookError(
-                f"{type(self.module).__name__} did not call the attention interface. Use a "
-                "language model whose attention is sdpa or eager."
-            )
-        return self._value
-
-
-class KeyNorms(Rows):
-    """Reads the L1 norm of each token's keys in one module, then stops it."""
-
-    def _reduce(self, q: Tensor, k: Tensor, scale: float | None) -> Tensor:
-        return k.float().abs().sum((1, 3))
-
-
 @contextmanager
-def reading(tap: Tap | Rows) -> Iterator[None]:
+def reading(tap: Reader) -> Iterator[None]:
     """Lets ``tap`` read the attention calls of this context."""
     token = _reading.set(tap)
     try:

@@ -41,7 +41,7 @@ class TextTower:
             raise UnsupportedError(
                 f"text_encoder goes with a CLIP tower of its own width, {vision.hidden_size}; "
                 f"{type(model).__name__} has a {getattr(tower, 'model_type', 'tower')!r} of width "
-                f"{getattr(tower, 'hidden_size', 'unknown')}. Leave tower=True out."
+                f"{getattr(tower, 'hidden_size', 'unknown')}. Leave text_encoder out."
             )
 
     @torch.no_grad()

@@ -15,6 +15,7 @@ from transformers import Cache, PreTrainedModel
 
 from vtprune.engine import tap
 from vtprune.engine.compaction import Prompt, compact, rows_of, shorten
+from vtprune.engine.decoding import Decoding
 from vtprune.engine.encoder import encode
 from vtprune.engine.generation import (
     FullPrompt,
@@ -26,11 +27,12 @@ from vtprune.engine.generation import (
 )
 from vtprune.engine.inputs import given, has_visuals, valid_tokens, visual
 from vtprune.engine.instance import bound, now, restore
+from vtprune.engine.instruction import instructions
 from vtprune.engine.items import Item
-from vtprune.engine.layers import Decoding, Layers
+from vtprune.engine.layers import Layers
 from vtprune.engine.positions import Continuation
 from vtprune.engine.report import ImageReport, Report
-from vtprune.engine.signals import Step, instruction_text
+from vtprune.engine.signals import Step
 from vtprune.engine.text_tower import TextTower
 from vtprune.errors import UnsupportedError
 from vtprune.types import Newlines, Positions, Selection, Site
@@ -102,9 +104,9 @@ class Handle:
 
     def report(self) -> Report:
         """Returns what the last call kept, per image."""
-        names = " + ".join(repr(step.strategy) for step in self.steps)
+        names = " + ".join(dict.fromkeys(repr(step.strategy) for step in self.steps))
         layers = {need.layer for s in self.steps for need in s.stage.tower_needs}
-        wanted = [s.budget.tokens or 0 for s in self.steps]
+        wanted = [(s.budget.tokens or 0) // s.stage.times for s in self.steps]
         samples = self._prompt.sample if self._prompt is not None else []
         images = tuple(
             ImageReport(row, s.n, s.rows.shape[1], max(wanted) > s.n, *item.describe(s))
@@ -240,7 +242,9 @@ class Handle:
 
     def _run(self, original: Callable[..., Any], batch: dict[str, Any], prompt: Prompt) -> Any:
         gaps = prompt.changed and self.positions == "keep"
-        self._decoding = self._begin(prompt) if self.inside else None
+        if self.inside:
+            seen = visual(self.adapter, prompt.ids)
+            self._decoding = Decoding.of(prompt, seen, self._items)
         with self._clock("language"):
             return self._call(original, batch, _Call(self, gaps, self._decoding))
 
@@ -250,11 +254,6 @@ class Handle:
             return original(**batch)
         finally:
             _running.reset(token)
-
-    def _begin(self, prompt: Prompt) -> Decoding:
-        index = prompt.index.clamp(min=0)
-        valid = (prompt.index >= 0) & prompt.valid.gather(1, index)
-        return Decoding(valid, valid & visual(self.adapter, prompt.ids).gather(1, index))
 
     def _current(self) -> Decoding | None:
         call = _running.get()
@@ -286,12 +285,12 @@ class Handle:
 
     def _text(self, ids: Tensor, valid: Tensor) -> Callable[[Sequence[Item]], list[Tensor]]:
         def per_item(items: Sequence[Item]) -> list[Tensor]:
-            tokenizer, tower = self._processor.tokenizer, self._text_tower
-            embed: Any = self.model.get_input_embeddings() if tower is None else lambda ids: ids
-            special, images = tokenizer.all_special_ids, visual(self.adapter, ids)
-            texts = instruction_text(ids, valid, images, special, embed)
-            if tower is not None:
-                texts = tower.words([tokenizer.decode(words.tolist()) for words in texts])
+            asked = instructions(ids, valid, visual(self.adapter, ids), self._processor)
+            if self._text_tower is None:
+                texts = [self.model.get_input_embeddings()(words) for words in asked]
+            else:
+                decode = self._processor.tokenizer.decode
+                texts = self._text_tower.words([decode(words.tolist()) for words in asked])
             return [texts[row] for row in rows_of(ids, items)]
 
         return per_item

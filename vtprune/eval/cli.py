@@ -1,4 +1,4 @@
-"""The command line: ``vtprune sweep``, ``show``, ``list``, ``scenes`` and ``doctor``."""
+"""The command line: ``vtprune sweep``, ``compare``, ``show``, ``list`` and others."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from typer.core import TyperGroup
 
 from vtprune import __version__
 from vtprune.errors import VTPruneError
+from vtprune.eval import compare as comparing
 from vtprune.eval import doctor as checking
 from vtprune.eval import samples, shipped
 from vtprune.eval import scenes as making
@@ -25,7 +26,7 @@ from vtprune.eval import show as showing
 from vtprune.eval.budgets import BUDGETS, STRATEGIES, Point, parse_keep, points, split
 from vtprune.eval.export import write_parquet
 from vtprune.eval.output import progress_bar, write_output
-from vtprune.eval.results import Folder, check_folder
+from vtprune.eval.results import Folder, check_folder, write_whole
 from vtprune.eval.sweep import Sweep, settings_of
 from vtprune.registry import family_notes, strategy_class, strategy_names
 
@@ -158,6 +159,19 @@ def show(
         f"unpruned: {escape(shown.unpruned or showing.NOTHING)})"
     )
     console.print(f"Picture: {escape(str(out))}")
+
+
+@app.command()
+def compare(
+    folder: Annotated[Path, typer.Argument(help="What a sweep wrote: its --out.")],
+    to: Annotated[str, typer.Option(help="The strategy that the others are compared with.")],
+) -> None:
+    """Paired differences between strategies on the samples of a sweep, by budget."""
+    found = comparing.differences(comparing.read_answers(folder), to)
+    Console(highlight=False, soft_wrap=True).print(comparing.table(found, to))
+    file = folder / f"against-{to}.md"
+    write_whole(file, comparing.markdown(found, to))
+    typer.echo(f"File: {file}")
 
 
 @app.command("list")

@@ -33,8 +33,8 @@ def cells(summary: Summary) -> tuple[str, ...]:
     return (
         summary.strategy,
         summary.budget,
-        _interval(summary.accuracy, ""),
-        "" if difference is None else _interval(difference, "+"),
+        points_text(summary.accuracy, ""),
+        "" if difference is None else points_text(difference, "+"),
         f"{summary.kept:.4g}",
         "" if summary.ms is None else f"{summary.ms:.1f}",
         str(summary.n),
@@ -66,6 +66,7 @@ def markdown(summaries: Sequence[Summary], title: str) -> str:
     return f"{title}\n\n" + "\n".join(lines) + f"\n\n{CAPTION}\n"
 
 
-def _interval(interval: Interval, sign: str) -> str:
+def points_text(interval: Interval, sign: str) -> str:
+    """Returns a share or a difference of shares in per cent, with its interval."""
     value, low, high = (100 * v for v in (interval.value, interval.low, interval.high))
     return f"{value:{sign}.1f} [{low:{sign}.1f}, {high:{sign}.1f}]"

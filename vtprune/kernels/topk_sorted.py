@@ -1,4 +1,4 @@
-"""The k highest scores, as ascending indices, with a defined order of ties."""
+"""The k highest scores, as ascending indices, or all ranked, with a defined order of ties."""
 
 from __future__ import annotations
 
@@ -28,7 +28,15 @@ def topk_sorted(scores: Tensor, k: int) -> Tensor:
     """
     check_dims(scores, "B, N", "topk_sorted")
     check_count(k, scores.shape[1], "topk_sorted")
+    return ranked(scores)[:, :k].sort(dim=1).values
+
+
+@torch.no_grad()
+def ranked(scores: Tensor) -> Tensor:
+    """Returns the positions of ``[B, N]`` scores from the highest to the lowest, ``[B, N]`` int64.
+
+    Ties, NaN, zeros and 16 bits are treated as by ``topk_sorted``.
+    """
     scores = widened(scores)
     scores = scores.masked_fill(scores.isnan(), float("-inf")) + 0.0  # -0.0 + 0.0 = 0.0
-    best = scores.sort(dim=1, descending=True, stable=True).indices[:, :k]
-    return best.sort(dim=1).values
+    return scores.sort(dim=1, descending=True, stable=True).indices

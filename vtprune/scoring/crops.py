@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from vtprune.kernels._common import full_precision
-from vtprune.scoring.hierarchy import ranked
+from vtprune.kernels.topk_sorted import ranked
 
 EPS = 1e-6
 

@@ -6,12 +6,7 @@ import torch
 from torch import Tensor
 
 from vtprune.errors import InputError
-
-
-def ranked(score: Tensor) -> Tensor:
-    """Returns the tokens of ``[B, N]`` by falling score, ties to the lower index, NaN last."""
-    score = score.masked_fill(score.isnan(), -torch.inf) + 0.0  # -0.0 + 0.0 = 0.0
-    return score.sort(dim=1, descending=True, stable=True).indices
+from vtprune.kernels.topk_sorted import ranked
 
 
 def take(claim: Tensor, score: Tensor, k: int) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from vtprune.kernels._common import full_precision
-from vtprune.kernels.topk_sorted import topk_sorted
+from vtprune.kernels.topk_sorted import ranked, topk_sorted
 from vtprune.scoring.diversity import outside, unit
 from vtprune.selection import Mix, Selection
 
@@ -19,12 +19,6 @@ def outlier_share(score: Tensor) -> list[float]:
     return [n / score.shape[1] for n in found.tolist()]
 
 
-def falling(score: Tensor) -> Tensor:
-    """Returns the positions ``[B, N]`` by falling score, ties by rising position, NaN last."""
-    score = score.masked_fill(score.isnan(), -torch.inf)
-    return score.sort(dim=1, descending=True, stable=True).indices
-
-
 def gridded(score: Tensor, n_top: list[int], strides: list[int]) -> tuple[Tensor, list[int]]:
     """Puts the highest scores of each row first, then a grid, then the rest.
 
@@ -35,7 +29,7 @@ def gridded(score: Tensor, n_top: list[int], strides: list[int]) -> tuple[Tensor
     Returns:
         All positions in that order, ``[B, N]``, and per row how many come before the rest.
     """
-    order = falling(score)
+    order = ranked(score)
     n = score.shape[1]
     rank = order.argsort(dim=1)
     place = torch.arange(n, device=score.device)

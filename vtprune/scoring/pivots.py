@@ -7,14 +7,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from vtprune.kernels.topk_sorted import ranked
+
 
 def largest(x: Tensor, n: int) -> Tensor:
     """Returns where the ``n`` largest of ``x`` ``[M]`` are (M at most), in descending order.
 
     Ties go to the lower index; NaN comes last.
     """
-    order = x.nan_to_num(nan=float("-inf")).sort(descending=True, stable=True).indices
-    return order[:n]
+    return ranked(x[None])[0, :n]
 
 
 def set_order(places: Tensor) -> Tensor:

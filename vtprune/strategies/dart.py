@@ -5,6 +5,7 @@ keys; each takes the visual tokens still free whose normed hidden states resembl
 attention map is read. arXiv 2502.11494 (ZichenWen1/DART). Later layers run shorter. The authors
 keep 4 + 8 * floor(budget / 8) tokens and visit pivots in the order of a Python set of their places:
 ``compat`` does both. Otherwise exactly the budget stays, and pivots come in the prompt's order.
+Defaults: official code.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from vtprune.types import (
     KeyNorm,
     Normed,
     Positions,
+    Scope,
     Selection,
     Signals,
     Site,
@@ -41,6 +43,7 @@ class DART(Strategy):
 
     positions: ClassVar[Positions] = "keep"
     acts_inside: ClassVar[bool] = True
+    scope: ClassVar[Scope] = "sample"
 
     visual: int = 4
     text: int = 4

@@ -3,6 +3,7 @@
 Max-min diversity on the cosine distance of the projected tokens, found greedily, covers the image
 without any attention map, so it works on every tower. arXiv 2503.02175 (vbdi/divprune). The first
 pick is the token farthest from its nearest neighbour; kept tokens stay in raster order.
+Defaults: none.
 """
 
 from __future__ import annotations

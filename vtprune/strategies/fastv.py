@@ -3,7 +3,7 @@
 The first layers mix the image into the text; after them most visual tokens get hardly any
 attention, so the rest of the layers run without them. arXiv 2403.06764 (pkunlp-icler/FastV). As in
 the official code the ranking is by the layer before (mean over heads, row of the last prompt token)
-and survivors keep their position ids.
+and survivors keep their position ids. Defaults: the paper.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from vtprune.types import Facts, LastRow, Positions, Signals, Site, Stage, Strategy
+from vtprune.types import Facts, LastRow, Positions, Scope, Signals, Site, Stage, Strategy
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,7 @@ class FastV(Strategy):
 
     positions: ClassVar[Positions] = "keep"
     acts_inside: ClassVar[bool] = True
+    scope: ClassVar[Scope] = "sample"
 
     def default_layers(self, facts: Facts) -> tuple[int, ...]:
         return (facts.scale_decoder(2, 32),)

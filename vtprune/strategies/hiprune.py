@@ -2,18 +2,19 @@
 
 The middle block finds objects: its anchors stay with what is around them; the block that yields the
 features adds registers, which sum up the image. The score is attention received, so no tower needs
-[CLS]. The prefill gets shorter. arXiv 2508.00553 (Danielement321/HiPrune). Each tile is decided
-alone where a visual token is one patch. Unlike the official code, rows of the grid do not run into
-each other, no token is chosen twice, and a budget too small for all neighbours keeps those of the
-best anchors. Tokens without a grid (a cropped tile; under ``plus`` an image stitched from tiles)
-have no neighbours: registers stay instead. HiPrune++ has no public code; here it reads the language
-model's embeddings, not those of a text tower.
+[CLS]. The prefill gets shorter. arXiv 2508.00553 (Danielement321/HiPrune). Unlike the official
+code, rows of the grid do not run into each other, no token is chosen twice, and a budget too small
+for all neighbours keeps those of the best anchors. Tokens without a grid (an image whose tokens are
+made of several tiles; what an earlier strategy left) have no neighbours: registers stay instead.
+HiPrune++ has no public code; here it reads the language model's embeddings, not those of a text
+tower. Defaults: official code; beta from the paper.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -27,10 +28,9 @@ from vtprune.types import (
     InstructionText,
     Need,
     Received,
+    Scope,
     Selection,
     Signals,
-    Site,
-    Stage,
     Strategy,
 )
 
@@ -43,6 +43,8 @@ class HiPrune(Strategy):
     instruction's embeddings. ``compat``: neighbours by flat index as in the official code, and
     ``beta`` on top of the budget. ``layers`` are the middle block and the deep one.
     """
+
+    scope: ClassVar[Scope] = "tile"
 
     alpha: float = 0.1
     plus: bool = False
@@ -64,10 +66,6 @@ class HiPrune(Strategy):
     def needs(self, facts: Facts) -> tuple[Need, ...]:
         text = (InstructionText(),) if self.plus else ()
         return (*(Received(layer) for layer in self.used_layers(facts)), *text)
-
-    def plan(self, facts: Facts) -> tuple[Stage, ...]:
-        in_tower = facts.in_tower and not self.plus
-        return (Stage(Site.ENCODER if in_tower else Site.PROJECTOR, self.needs(facts)),)
 
     def counts(self, signals: Signals, budget: Budget) -> list[int]:
         k = budget.count(signals.n)

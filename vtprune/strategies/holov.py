@@ -7,6 +7,7 @@ attention of their own crop, so that they hardly change the shares. Unlike it, w
 room for goes to the others (the paper's re-allocation), survivors stay in raster order, every image
 is served, and fewer tokens than crops are a crop each. The paper's refetching inside the language
 model is not in the code, nor here. A tower without [CLS] uses attention received.
+Defaults: official code.
 """
 
 from __future__ import annotations

@@ -6,17 +6,21 @@ features with its heads joined into one, neighbours are added with their attenti
 undivided, outputs come by falling attention, and all of it happens before the projector. The count
 is the budget's; that of the paper, the outliers of the attention, comes with ``adaptive``. A tower
 without [CLS] takes attention received; where a visual token is made of several patches, projected
-tokens are merged.
+tokens are merged. Defaults: official code, but for adaptive.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
 
 from vtprune.errors import ConfigError
+from vtprune.kernels.topk_sorted import ranked
 from vtprune.scoring.attention import wide, wide_needs
-from vtprune.scoring.merging import absorb, falling, outlier_share
-from vtprune.types import Budget, Facts, Need, Selection, Signals, Site, Stage, Strategy
+from vtprune.scoring.merging import absorb, outlier_share
+from vtprune.types import Budget, Facts, Need, Scope, Selection, Signals, Site, Stage, Strategy
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,8 @@ class PruMerge(Strategy):
     ``adaptive``: an image keeps as many tokens as it has outliers, and the new one, but at most
     ``keep``. ``compat``: the share of outliers is that of all images of a call, as officially.
     """
+
+    scope: ClassVar[Scope] = "tile"
 
     neighbours: int = 32
     adaptive: bool = False
@@ -50,13 +56,23 @@ class PruMerge(Strategy):
         most = super().counts(signals, budget)
         if not self.adaptive:
             return most
-        salience, _ = wide(signals)
-        shares = outlier_share(salience)
-        if self.compat:
-            shares = outlier_share(salience.flatten()[None]) * len(salience)
-        tops = [max(1, int(signals.n * share)) for share in shares]
-        return [min(top + 1, k) for top, k in zip(tops, most, strict=True)]
+        found = self.found(wide(signals)[0])
+        return [min(own + 1, k) for own, k in zip(found, most, strict=True)]
 
     def select(self, signals: Signals, k: int) -> Selection:
         salience, keys = wide(signals)
-        return absorb(falling(salience)[:, : k - 1], keys, salience, self.neighbours)
+        return absorb(self.kept(salience, k - 1), keys, salience, self.neighbours)
+
+    def kept(self, salience: Tensor, k: int) -> Tensor:
+        """Returns the tokens that others are added to, ``[B, k]``, in the order of the outputs."""
+        return ranked(salience)[:, :k]
+
+    def found(self, salience: Tensor) -> list[int]:
+        """Returns how many tokens each row keeps by its outliers; ``salience`` ``[B, N]``."""
+        return [max(1, int(salience.shape[1] * share)) for share in self.shares(salience)]
+
+    def shares(self, salience: Tensor) -> list[float]:
+        """Returns the share of outliers of each row."""
+        if self.compat:
+            return outlier_share(salience.flatten()[None]) * len(salience)
+        return outlier_share(salience)

@@ -3,6 +3,7 @@
 Redundancy grows with depth, so each stage keeps the same share of the one before. arXiv 2410.17247
 (Cooperx521/PyramidDrop). As in the official code a stage ranks by the attention of the last prompt
 token in the layer it acts before (mean over heads), and positions are renumbered from there on.
+Defaults: official scripts.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from vtprune.errors import ConfigError, InputError
-from vtprune.types import Budget, Facts, Inside, LastRow, Signals, Site, Stage, Strategy
+from vtprune.types import Budget, Facts, Inside, LastRow, Scope, Signals, Site, Stage, Strategy
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class PyramidDrop(Strategy):
 
     kind: ClassVar[Literal["adaptive"]] = "adaptive"
     acts_inside: ClassVar[bool] = True
+    scope: ClassVar[Scope] = "sample"
 
     def default_layers(self, facts: Facts) -> tuple[int, ...]:
         return tuple(sorted({facts.scale_decoder(layer, 32) for layer in (8, 16, 24)}))

@@ -1,6 +1,6 @@
 """Keeps tokens at even distances along the raster: a baseline that looks at nothing.
 
-It covers the whole image at a lower resolution and costs no computation.
+It covers the whole image at a lower resolution and costs no computation. Defaults: none.
 """
 
 from __future__ import annotations

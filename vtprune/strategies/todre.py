@@ -5,6 +5,7 @@ the image; the prefill gets shorter, the vision tower runs in full. arXiv 2505.1
 code; this is its stage 1 as in the second version). The pivot comes from the last block of the
 tower, without [CLS] from attention received (the paper takes any token there). The paper leaves the
 order open: kept tokens stay in raster order and newlines are no candidates.
+Defaults: the paper (second version).
 """
 
 from __future__ import annotations

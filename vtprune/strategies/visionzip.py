@@ -6,11 +6,13 @@ itself is one of the dominant tokens and comes first, merged tokens (target plus
 assigned to it) come last, and all of it happens before the projector. A tower without [CLS] ranks
 by attention received and keeps no [CLS]. Where a visual token is made of several patches, both
 happen to the projected tokens, with the mean of their patches' attention and keys, and no [CLS].
+Defaults: official code; contextual from its README.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -20,12 +22,26 @@ from vtprune.kernels.gather_tokens import gather_tokens
 from vtprune.kernels.topk_sorted import topk_sorted
 from vtprune.scoring.attention import salience, salience_needs
 from vtprune.scoring.diversity import nearest, outside
-from vtprune.types import ClsRow, Facts, Keys, Mix, Need, Selection, Signals, Site, Stage, Strategy
+from vtprune.types import (
+    ClsRow,
+    Facts,
+    Keys,
+    Mix,
+    Need,
+    Scope,
+    Selection,
+    Signals,
+    Site,
+    Stage,
+    Strategy,
+)
 
 
 @dataclass(frozen=True)
 class VisionZip(Strategy):
     """``contextual``: merged tokens among those kept; by default 5 of 32, the authors' ratio."""
+
+    scope: ClassVar[Scope] = "tile"
 
     contextual: int | None = None
 

@@ -6,24 +6,29 @@ until the budget is met, so that the background keeps a few distinct tokens. arX
 before the projector. The official code needs an even number of candidates in every round; here an
 odd one leaves no token out. A tower without [CLS] ranks by attention received; where a visual token
 is made of several patches, similarity is that of the projected tokens.
+Defaults: the official README.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
 from vtprune.errors import ConfigError
 from vtprune.kernels.gather_tokens import gather_tokens
+from vtprune.kernels.topk_sorted import ranked
 from vtprune.scoring.attention import salience, salience_needs
 from vtprune.scoring.diversity import least_repeated
-from vtprune.types import Facts, Need, Selection, Signals, Site, Stage, Strategy
+from vtprune.types import Facts, Need, Scope, Selection, Signals, Site, Stage, Strategy
 
 
 @dataclass(frozen=True)
 class VisPruner(Strategy):
     """``important``: share of the budget that goes by attention (the authors' 0.75 for 64)."""
+
+    scope: ClassVar[Scope] = "tile"
 
     important: float = 0.5
 
@@ -41,9 +46,7 @@ class VisPruner(Strategy):
         return (Stage(Site.ENCODER if facts.in_tower else Site.PROJECTOR, self.needs(facts)),)
 
     def select(self, signals: Signals, k: int) -> Selection:
-        score = salience(signals)
-        score = score.masked_fill(score.isnan(), -torch.inf)
-        order = score.sort(dim=1, descending=True, stable=True).indices  # [B, N]
+        order = ranked(salience(signals))  # [B, N]
         n_top = int(k * self.important)
         top, rest = order[:, :n_top], order[:, n_top:]
         (features,) = gather_tokens(rest, signals.tokens)

@@ -3,17 +3,19 @@
 Several layers vote, which is steadier than the last one alone; the prefill gets shorter as with
 FasterVLM. arXiv 2412.05819 (THU-MIG/VTC-CLS). The sum has no weights, as in the official code, and
 ends at the block that yields the features. A tower without [CLS] uses attention received instead.
+Defaults: official code.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
 from vtprune.errors import ConfigError
 from vtprune.scoring.attention import salience, salience_needs
-from vtprune.types import Facts, Need, Signals, Strategy
+from vtprune.types import Facts, Need, Scope, Signals, Strategy
 
 DEPTH = 24  # blocks of the authors' tower, in which ``start`` is stated
 
@@ -21,6 +23,8 @@ DEPTH = 24  # blocks of the authors' tower, in which ``start`` is stated
 @dataclass(frozen=True)
 class VTCCls(Strategy):
     """``start``: first block of the ensemble in a tower of 24 (the authors' default is 16)."""
+
+    scope: ClassVar[Scope] = "tile"
 
     start: int = 16
 

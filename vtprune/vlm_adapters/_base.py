@@ -111,7 +111,7 @@ class VLMAdapter(ABC):
         """Carries values of patches to the visual tokens, as the model's connector does.
 
         Args:
-            patches: ``[P, C]`` of all patches in the order of the tower, float.
+            patches: ``[P, C]`` of all patches in the order of the tower, float, on any device.
 
         Returns:
             Per item ``[n_i, C]``; NaN for a token that is made of no patch.

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from vtprune.errors import UnsupportedError
-from vtprune.types import Facts, InstructionText, KeyNorm, LastRow, Normed
+from vtprune.types import Facts, InstructionText, KeyNorm, LastFlow, LastRow, Normed
 from vtprune.vlm_adapters._base import Batch, Grid, Modality, VLMAdapter
 
 _QUERIES = (
@@ -46,7 +46,7 @@ class Generic(VLMAdapter):
             vision_layers=0,
             feature_block=0,
             has_cls=False,
-            signals=frozenset({InstructionText, LastRow, KeyNorm, Normed}),
+            signals=frozenset({InstructionText, LastRow, LastFlow, KeyNorm, Normed}),
             decoder_layers=text.num_hidden_layers if hasattr(self.language_model, "layers") else 0,
             in_tower=False,
             mrope=hasattr(self.base, "compute_3d_position_ids"),

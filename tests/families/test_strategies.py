@@ -1,0 +1,91 @@
+"""Every strategy held against the oracles, on towers with and without [CLS], tiles, and Qwen."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import Any
+
+import pytest
+
+from tests.clip import ClipTokenizer, clip
+from tests.families.oracles import gather_is_mask, inputs_of, keeps_all, model_of
+from vtprune import UnsupportedError
+from vtprune.eval import tiny
+from vtprune.registry import strategy_names
+
+# Of these the default suite sees every strategy, of the other families the slow one.
+QUICK = ("llava", "llava_siglip", "llava_next", "qwen2_5_vl")
+CLIP = ("llava", "llava_next", "llava_next_video", "video_llava")
+# What several stages share must leave something to each.
+KEEP = {"pyramiddrop": 0.6}
+
+
+@cache
+def text_encoder() -> Any:
+    return clip(), ClipTokenizer()
+
+
+Variant = tuple[str, dict[str, Any]]
+VARIANTS: dict[str, Variant] = {name: (name, {}) for name in strategy_names()}
+# Options that take another way through the code.
+VARIANTS |= {
+    "cdpruner by CLIP": ("cdpruner", {"text_encoder": text_encoder}),
+    "dart compat": ("dart", {"compat": True}),
+    "flowcut compat": ("flowcut", {"compat": True}),
+    "flowcut inside": ("flowcut", {"inside": True}),
+    "flowcut outside": ("flowcut", {"inside": False}),
+    "holov compat": ("holov", {"compat": True}),
+    "hiprune plus": ("hiprune", {"plus": True}),
+    "prumerge adaptive": ("prumerge", {"adaptive": True}),
+    "prumerge_plus adaptive": ("prumerge_plus", {"adaptive": True}),
+    "todre max_min": ("todre", {"objective": "max_min"}),
+    "tome unweighted": ("tome", {"prop_attn": False}),
+    "trim by CLIP": ("trim", {"text_encoder": text_encoder}),
+}
+FAMILIES = [
+    pytest.param(family, marks=[] if family in QUICK else pytest.mark.slow)
+    for family in tiny.names()
+]
+
+
+def given(family: str, variant: str) -> dict[str, Any]:
+    """What ``wrap`` is told beside ``keep``."""
+    strategy, options = VARIANTS[variant]
+    made = {name: value() if callable(value) else value for name, value in options.items()}
+    return {"strategy": strategy, "processor": model_of(family)[1], **made}
+
+
+@contextmanager
+def refusal(family: str, variant: str) -> Iterator[None]:
+    """Asserts the error for a combination that cannot be right, and that there is none for others.
+
+    A tower that is no CLIP has no text tower of its own.
+    """
+    if "text_encoder" not in VARIANTS[variant][1] or family in CLIP:
+        yield
+        return
+    with pytest.raises(UnsupportedError, match="goes with a CLIP tower of its own width"):
+        yield
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gather_equals_mask(family, variant):
+    wrap = {**given(family, variant), "keep": KEEP.get(VARIANTS[variant][0], 0.4)}
+    with refusal(family, variant):
+        report = gather_is_mask(family, inputs_of(family, "ragged"), wrap).report()
+        left = [image.kept < image.tokens for image in report.images]
+        assert any(left) or any(stage.kept < stage.tokens for stage in report.stages)
+
+
+# Where the count is the image's own, ``keep`` is at most that, and 1.0 may still drop some.
+WHOLE = [name for name, (_, options) in VARIANTS.items() if not options.get("adaptive")]
+
+
+@pytest.mark.parametrize("variant", WHOLE)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_keep_all_is_bit_identical(family, variant):
+    with refusal(family, variant):
+        keeps_all(family, "ragged", **given(family, variant))

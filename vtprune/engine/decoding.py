@@ -1,0 +1,77 @@
+"""What is known of a prompt while the language model runs on it and on what comes after."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from vtprune.engine.compaction import Prompt, of_patches
+from vtprune.engine.cuts import Cut
+from vtprune.engine.items import Item
+from vtprune.engine.report import StageReport
+from vtprune.types import DecoderNeed
+
+
+@dataclass
+class Decoding:
+    """One prompt on its way through the language model, and the tokens decoded after it.
+
+    Attributes:
+        valid, visual: ``[B, L]`` bool, columns of the prompt that are tokens, and visual ones.
+        patches: ``[B, L]`` bool, visual ones that are made of patches.
+        images: per prompt those of each of its images, before any left.
+        cuts: by layer, what is left from that layer on.
+        rows: what was read, ``[B, L, ...]`` over the columns of the prompt.
+        left: what the stages did, for the report.
+    """
+
+    valid: Tensor
+    visual: Tensor
+    patches: Tensor
+    images: Sequence[Sequence[int]]
+    copies: int = 1
+    cuts: dict[int, Cut] = field(default_factory=dict)
+    rows: dict[DecoderNeed, Tensor] = field(default_factory=dict)
+    left: list[StageReport] = field(default_factory=list)
+    prefilled: bool = False
+
+    @classmethod
+    def of(cls, prompt: Prompt, visual: Tensor, items: Sequence[Item]) -> Decoding:
+        """Returns what begins a call; ``visual`` ``[B, L]`` bool marks the tokens of ``items``."""
+        index = prompt.index.clamp(min=0)
+        valid = (prompt.index >= 0) & prompt.valid.gather(1, index)
+        seen, patches = (
+            valid & mark.gather(1, index) for mark in (visual, of_patches(prompt.ids, items))
+        )
+        images: list[list[int]] = [[] for _ in prompt.ids]
+        for row, item in zip(prompt.sample, items, strict=True):
+            images[row].append(len(item.free))
+        return cls(valid, seen, patches, images)
+
+    def expand(self, batch: int) -> None:
+        """Repeats every row as ``generate`` does for beams and several sequences per prompt."""
+        self.copies = batch // len(self.valid)
+        masks = (self.valid, self.visual, self.patches)
+        self.valid, self.visual, self.patches = (
+            mask.repeat_interleave(self.copies, dim=0) for mask in masks
+        )
+
+    def on(self, device: torch.device) -> Decoding:
+        """Moves everything to the device of the layer that runs now."""
+        if self.valid.device != device:
+            masks = (self.valid, self.visual, self.patches)
+            self.valid, self.visual, self.patches = (mask.to(device) for mask in masks)
+            self.cuts = {layer: cut.to(device) for layer, cut in self.cuts.items()}
+            self.rows = {need: value.to(device) for need, value in self.rows.items()}
+        return self
+
+    def cut(self, layer: int) -> Cut | None:
+        """What ``layer`` still sees; None = everything."""
+        before = [at for at in self.cuts if at <= layer]
+        return self.cuts[max(before)] if before else None
+
+    def final(self) -> Cut | None:
+        return self.cut(max(self.cuts, default=0))

@@ -1,0 +1,75 @@
+"""ToMe: in every block of the tower merge the patches whose keys are most alike.
+
+Between attention and MLP patches at even places of the sequence look for the most similar one at an
+odd place, by the cosine of their keys (mean over heads); the best pairs become one token, a mean
+weighted by the patches that each stands for, and later blocks give it attention for all of them.
+arXiv 2210.09461 (facebookresearch/ToMe). The rest of the tower, the projector and the prefill run
+on fewer tokens. Every block merges equally many, so that ``keep`` is met exactly; where halving is
+not enough for that, the first block merges repeatedly. Between blocks tokens wait in the official
+order, those at even places first, which decides the halves of the next block; what leaves the tower
+is, unlike there, back in the order of the image, each token at the place that was merged into.
+Where a visual token is made of several patches, projected tokens are merged in one go, by the keys
+of the block that yields the features. Defaults: official code.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from vtprune.scoring.matching import ascending, averaged, merge_down, n_staying
+from vtprune.types import (
+    Budget,
+    Facts,
+    Keys,
+    Need,
+    Scope,
+    Selection,
+    Signals,
+    Site,
+    Stage,
+    Strategy,
+)
+
+
+@dataclass(frozen=True)
+class ToMe(Strategy):
+    """``layers`` are the blocks that merge, by default all up to the one that yields the features.
+
+    ``prop_attn``: whether a merged token gets attention for all patches it stands for.
+    """
+
+    scope: ClassVar[Scope] = "tile"
+
+    prop_attn: bool = True
+
+    def default_layers(self, facts: Facts) -> tuple[int, ...]:
+        return tuple(range(0 if facts.in_tower else facts.feature_block, facts.feature_block + 1))
+
+    def needs(self, facts: Facts) -> tuple[Need, ...]:
+        return tuple(Keys(layer) for layer in self.used_layers(facts))
+
+    def plan(self, facts: Facts) -> tuple[Stage, ...]:
+        if not facts.in_tower:
+            return (Stage(Site.PROJECTOR, self.needs(facts)[-1:]),)
+        return tuple(
+            Stage(Site.ENCODER, (Keys(layer),), layer, before_mlp=True, proportional=self.prop_attn)
+            for layer in self.used_layers(facts)
+        )
+
+    def counts(self, signals: Signals, budget: Budget) -> list[int]:
+        inside = signals.inside
+        if inside is None:
+            return super().counts(signals, budget)
+        return [
+            n_staying(signals.n, n, budget.count(n), inside.stage, len(inside.layers))
+            for n in inside.entered
+        ]
+
+    def select(self, signals: Signals, k: int) -> Selection:
+        keys = signals.stack(Keys)[-1]  # [B, N, d]
+        size = keys.new_ones(keys.shape[:2]).float() if signals.size is None else signals.size
+        rows, into = merge_down(keys, size, k, signals.n_prefix)
+        if signals.inside is None:
+            rows, into = ascending(rows, into)
+        return averaged(rows, into, size)
