@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from torch import Tensor
 
 import vtprune
-from tests import tiny
-from tests.contracts.bank import TOWERS
 from tests.families.eager import mapping, patches
 from tests.families.oracles import gather_is_mask, inputs_of, model_of
 from tests.families.scoped import call, kept_of, tiles_of
@@ -21,8 +19,7 @@ from tests.probes import Spy
 from vtprune.engine import items
 from vtprune.engine.scopes import decide_in_scope
 from vtprune.engine.signals import Images, Step
-from vtprune.errors import ConfigError, UnsupportedError
-from vtprune.registry import build, strategy_names
+from vtprune.errors import UnsupportedError
 from vtprune.types import (
     Budget,
     ClsRow,
@@ -282,53 +279,6 @@ def test_rows_of_some_know_those_of_all():
     every = [Signals(x[:1], item=torch.tensor([0])), Signals(x[1:], item=torch.tensor([0]))]
     signals = Signals(x, item=torch.tensor([0, 0]), groups=every)
     assert signals.rows(torch.tensor([1])).groups is every
-
-
-@pytest.mark.parametrize("name", strategy_names())
-def test_the_authors_scope_fits_the_site(name):
-    strategy = build(name)
-    for facts in TOWERS.values():
-        sites = {stage.site for stage in strategy.plan(facts)}
-        if Site.ENCODER in sites:
-            assert strategy.scope == "tile"
-        elif Site.DECODER in sites and Site.PROJECTOR not in sites:
-            assert strategy.scope == "sample"
-
-
-# -- what is refused -----------------------------------------------------------------------------
-
-
-def test_an_unknown_scope():
-    allowed = r"scope='frame' is unknown; choose one of 'tile', 'image', 'sample'\."
-    with pytest.raises(ConfigError, match=allowed):
-        vtprune.wrap(tiny.build(), "divprune", keep=9, scope=cast(Any, "frame"))
-
-
-@pytest.mark.parametrize(
-    ("family", "strategy", "scope", "message"),
-    [
-        ("llava_next", "visionzip", "image", "visionzip decides tile by tile, inside the"),
-        ("llava_next", "flowcut", "sample", "flowcut decides tile by tile"),
-        ("llava", "visionzip", "sample", "visionzip decides tile by tile"),
-        ("llava", "fastv", "image", "fastv decides on a whole sample"),
-        ("qwen2_vl", ["divprune", "dart"], "tile", "dart decides on a whole sample"),
-    ],
-)
-def test_the_place_of_a_stage_says_what_competes(family, strategy, scope, message):
-    keep = [0.5, 0.5] if isinstance(strategy, list) else 0.5
-    with pytest.raises(UnsupportedError, match=f"scope='{scope}': {message}.*Leave scope out"):
-        vtprune.wrap(model_of(family)[0], strategy, keep=keep, scope=scope)
-
-
-@pytest.mark.parametrize(
-    ("strategy", "scope"), [("visionzip", "image"), ("visionzip", "tile"), ("fastv", "sample")]
-)
-def test_what_the_place_says_anyway_may_be_said(strategy, scope):
-    model = model_of("llava")[0]  # here an image is one tile
-    vtprune.wrap(model, strategy, keep=0.5, scope=scope).remove()
-
-
-# -- faults that must be noticed -----------------------------------------------------------------
 
 
 def test_tiles_mixed_up_are_noticed(monkeypatch):

@@ -70,3 +70,11 @@ def test_the_command_reads_a_sweep_and_leaves_it_as_it_was(tmp_path: Path):
     assert text == markdown(differences(read_answers(tmp_path), "random"), "random")
     assert "| best | 50% | 4 | +50.0 [" in text
     assert CliRunner().invoke(app, ["compare", str(tmp_path / "no"), "--to", "random"]).exit_code
+
+
+def test_questions_of_some_kinds(tmp_path: Path):
+    JsonLines(tmp_path / "results.jsonl", Answer).append(ANSWERS)
+    half, _ = differences(read_answers(tmp_path, ["read"]), "random")
+    assert (half.n, half.all.value, half.kinds) == (2, 0.5, {"read": 0.5})
+    with pytest.raises(ConfigError, match="Did you mean 'read'"):
+        read_answers(tmp_path, ["raed"])

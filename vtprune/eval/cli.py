@@ -165,9 +165,10 @@ def show(
 def compare(
     folder: Annotated[Path, typer.Argument(help="What a sweep wrote: its --out.")],
     to: Annotated[str, typer.Option(help="The strategy that the others are compared with.")],
+    kinds: Annotated[str, typer.Option(help="Of questions, with commas; all if left out.")] = "",
 ) -> None:
     """Paired differences between strategies on the samples of a sweep, by budget."""
-    found = comparing.differences(comparing.read_answers(folder), to)
+    found = comparing.differences(comparing.read_answers(folder, split(kinds)), to)
     Console(highlight=False, soft_wrap=True).print(comparing.table(found, to))
     file = folder / f"against-{to}.md"
     write_whole(file, comparing.markdown(found, to))

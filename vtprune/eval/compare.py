@@ -15,6 +15,7 @@ from vtprune.eval.budgets import CEILING, FLOOR, Point
 from vtprune.eval.rows import Answer, read_rows
 from vtprune.eval.stats import Interval, paired_difference
 from vtprune.eval.tables import points_text
+from vtprune.registry import unknown
 
 Rows = dict[tuple[str, int], Answer]
 
@@ -32,17 +33,21 @@ class Difference:
     kinds: dict[str, float]
 
 
-def read_answers(folder: Path) -> list[Answer]:
-    """Returns the answers of a sweep's folder.
+def read_answers(folder: Path, kinds: Sequence[str] = ()) -> list[Answer]:
+    """Returns the answers of a sweep's folder, to questions of these kinds or of all.
 
     Raises:
-        ConfigError: it holds none.
+        ConfigError: it holds none, or none of a kind.
     """
     file = folder / "results.jsonl"
     rows = read_rows(file.read_bytes(), Answer)[0] if file.is_file() else []
     if not rows:
         raise ConfigError(f"{folder} holds no answers of a sweep. Give the --out of one.")
-    return rows
+    known = sorted({row.kind for row in rows})
+    for kind in kinds:
+        if kind not in known:
+            raise unknown("kind of question", kind, known)
+    return [row for row in rows if not kinds or row.kind in kinds]
 
 
 def differences(answers: Sequence[Answer], baseline: str) -> list[Difference]:

@@ -8,10 +8,10 @@ tower leaves twice the budget where images differ in their number of tokens, and
 language model the same score, of the last prompt token, leaves the budget. Tokens made of no patch
 (newlines, which the authors drop) are not chosen from there either: they stay. Qwen's authors score
 patches without the similarity of values; here there is one score. The official code lets all images
-of a batch lose equally many at a stage; here that holds for the tiles of one image, and for all
-under ``compat``. In a tower without [CLS] the mean query and the mean value take its place, in all
-three terms. Where a visual token is made of several patches, all leave after the projector, by the
-score of the blocks that can be read. Defaults: official code.
+of a batch lose equally many at a stage; here that holds for equally long tiles of one image, and
+for all under ``compat``. In a tower without [CLS] the mean query and the mean value take its place,
+in all three terms. Where a visual token is made of several patches, all leave after the projector,
+by the score of the blocks that can be read. Defaults: official code.
 """
 
 from __future__ import annotations
