@@ -87,6 +87,11 @@ def test_text_inside_the_encoder_is_refused(model):
         vtprune.wrap(model, Early(), keep=9, processor=object())
 
 
+def test_the_error_names_who_reads_the_instruction(model):
+    with pytest.raises(ConfigError, match=r"^trim reads the instruction; pass processor="):
+        vtprune.wrap(model, ["divprune", "trim"], keep=[9, 4])
+
+
 def test_unknown_family():
     small = LlamaConfig(
         vocab_size=10,

@@ -90,9 +90,10 @@ def wrap(
     chosen = [_with_layers(build(s, **options), layers) for s in listed]
     facts = _with_text(chosen, facts, text_tower)
     steps = _steps(chosen, _budgets(keep, len(chosen)), facts, _policy(positions, facts), scope)
-    if processor is None and any(step.stage.reads_text for step in steps):
+    reader = next((step.strategy.name for step in steps if step.stage.reads_text), None)
+    if processor is None and reader is not None:
         raise ConfigError(
-            f"{chosen[0].name} reads the instruction; pass processor= (the model's own), so that "
+            f"{reader} reads the instruction; pass processor= (the model's own), so that "
             "words can be told from special tokens."
         )
     lines = _newlines(newlines, chosen, adapter)
