@@ -119,14 +119,15 @@ def test_images_of_different_lengths():
     ]
 
 
+@pytest.mark.parametrize("first_step", ["flowcut", "tome"])
 @pytest.mark.parametrize("name", TOWERS)
-def test_what_later_steps_read_is_of_the_survivors(name):
+def test_what_later_steps_read_is_of_the_survivors(name, first_step):
     need = ClsRow(1) if name == "clip" else Received(1)
     model, inputs = tiny.build(name), tiny.ragged()
-    with vtprune.wrap(model, ["flowcut", Second(need=need)], keep=[20, 9]) as handle:
+    with vtprune.wrap(model, [first_step, Second(need=need)], keep=[20, 9]) as handle:
         model.generate(**inputs, max_new_tokens=1)
         both = [s.rows[0].tolist() for s in handle.selections]
-    with vtprune.wrap(model, "flowcut", keep=20) as handle:
+    with vtprune.wrap(model, first_step, keep=20) as handle:
         model.generate(**inputs, max_new_tokens=1)
         first = [s.rows[0].tolist() for s in handle.selections]
     assert [len(rows) for rows in both] == [9] * 3

@@ -12,7 +12,6 @@ from torch import Tensor
 import vtprune
 from tests import tiny
 from tests.engine.test_oracles import assert_masks_only
-from tests.engine.test_tower import Second
 from vtprune.engine import blocks, tap, tower
 from vtprune.registry import build
 from vtprune.types import (
@@ -170,20 +169,6 @@ def test_any_budget_is_met(name, keep):
         model.generate(**inputs, max_new_tokens=1)
         assert all(s.rows.diff().gt(0).all() for s in handle.selections)
     assert [image.kept for image in handle.report().images] == [keep] * 3
-
-
-@pytest.mark.parametrize("name", TOWERS)
-def test_a_later_step_reads_what_is_left_in_the_tower(name):
-    need = ClsRow(1) if name == "clip" else Received(1)
-    model, inputs = tiny.build(name), tiny.ragged()
-    with vtprune.wrap(model, ["tome", Second(need=need)], keep=[20, 9]) as handle:
-        model.generate(**inputs, max_new_tokens=1)
-        both = [s.rows[0].tolist() for s in handle.selections]
-    with vtprune.wrap(model, "tome", keep=20) as handle:
-        model.generate(**inputs, max_new_tokens=1)
-        first = [s.rows[0].tolist() for s in handle.selections]
-    assert [len(rows) for rows in both] == [9] * 3
-    assert all(set(a) < set(b) for a, b in zip(both, first, strict=True))
 
 
 @pytest.mark.parametrize("name", TOWERS)
