@@ -221,6 +221,18 @@ def test_prefill_benchmark_prints_every_call(tmp_path: Path) -> None:
     assert "576 visual tokens" in out
 
 
+def test_what_is_kept_follows_things_and_counts(tmp_path: Path) -> None:
+    few = ["--limit", "20", "--strategy", "random", "todre"]
+    out = run(ROOT / "benchmarks" / "what_is_kept.py", tmp_path, *few)
+    on_things = dict(re.findall(r"^\| `(\w+)` \| (\d+) \|", out, re.MULTILINE))
+    assert int(on_things["todre"]) > 2 * int(on_things["random"]) > 0
+    counted = dict(
+        re.findall(r"^\| ([\w %]+) \| ([\d.]+) \| [\d.]+ \| [\d.]+ \|$", out, re.MULTILINE)
+    )
+    assert len(counted) == 9
+    assert float(counted["0 %"]) < float(counted["all tokens"]) < float(counted["80 %"])
+
+
 def test_documented_strategy_works_as_saved(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
