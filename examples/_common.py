@@ -174,7 +174,7 @@ def show(args: argparse.Namespace, model: Any, *outcomes: Outcome) -> None:
     for outcome in outcomes:
         print(f"{outcome.label}: {outcome.answer or '(nothing)'}")
     for outcome in outcomes[1:]:
-        print(f"\n{outcome.label}: {replace(outcome.report, ms={})}")
+        print(f"\n{outcome.label}: {replace(outcome.report, ms={}, parts={})}")
     width = max(len(outcome.label) for outcome in outcomes)
     print(f"\n{'':{width}}  visual tokens  encode ms  language ms  generate ms")
     for outcome in outcomes:

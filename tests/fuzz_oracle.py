@@ -24,7 +24,7 @@ from tests.families import prompts
 from tests.families.oracles import gather_is_mask, model_of
 from vtprune.errors import UnsupportedError
 from vtprune.eval import tiny
-from vtprune.registry import strategy_class, strategy_names
+from vtprune.registry import keeping_names, strategy_class
 
 STEPS = 4
 WORDS = ("what", "is", "in", "the", "picture", "how", "many", "red", "shapes", "please", "describe")
@@ -65,15 +65,17 @@ def draw(seed: int, number: int) -> Case:
     """Returns case ``number``."""
     rng = random.Random(f"{seed} {number}")
     family = rng.choice(tiny.names())
-    outside = [n for n in strategy_names() if not strategy_class(n).acts_inside]
-    strategy = [rng.choice(strategy_names())]
+    outside = [n for n in keeping_names() if not strategy_class(n).acts_inside]
+    strategy = [rng.choice(keeping_names())]
     if strategy[0] in outside and rng.random() < 0.3:
         strategy.append("fastv")
     keep: list[int | float] = []
     for name in strategy:
-        inside = strategy_class(name).acts_inside
+        inside, staged = strategy_class(name).acts_inside, strategy_class(name).kind == "adaptive"
         share = rng.uniform(0.5 if inside else 0.1, 1.0)
-        keep.append(rng.randint(1, 9) if rng.random() < 0.3 and name != "pyramiddrop" else share)
+        # So few tokens are out of reach where the first layers get all.
+        few = rng.random() < 0.3 and not (inside and staged)
+        keep.append(rng.randint(1, 9) if few else share)
     options: dict[str, Any] = {}
     if rng.random() < 0.4 and "qwen" not in family:
         options["positions"] = rng.choice(["keep", "renumber"])

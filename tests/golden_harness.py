@@ -2,7 +2,9 @@
 
 A case is ``<case>.json`` (method, parameters, meaning of each tensor) beside
 ``<case>.safetensors`` (``in.*`` and ``out.*``). ``golden_adapters/<method>.py`` defines
-``from_golden(params, tensors)``, which drives the package and returns every ``out.*``.
+``from_golden(params, tensors)``, which drives the package and returns every ``out.*``. A case of a
+formula has no tensors but ``cases``, rows of named numbers: its adapter defines
+``from_golden(params, row)`` and returns the numbers that follow from those it reads.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +24,7 @@ from torch import Tensor
 from tests.golden_adapters.pending import PENDING
 
 Output = Tensor | tuple[Tensor, Tensor]  # ours, or (ours, recorded) after a normalisation
-Adapter = Callable[[dict[str, Any], "Tensors"], Mapping[str, Output]]
+Adapter = Callable[[dict[str, Any], Any], Mapping[str, Any]]
 
 RELATIVE = 1e-4  # of the recorded value
 FLOOR = 1e-5  # of the largest recorded value
@@ -73,14 +76,41 @@ class Tensors(Mapping[str, Tensor]):
         return {name for name in self._tensors if name.startswith("out.")}
 
 
+class Row(Mapping[str, Any]):
+    """The numbers of one row of a formula; remembers which were read."""
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        self._values = dict(values)
+        self._used: set[str] = set()
+
+    def __getitem__(self, name: str) -> Any:
+        self._used.add(name)
+        return self._values[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._values
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def unread(self) -> set[str]:
+        """Names of what was not read, but for texts."""
+        texts = {name for name, value in self._values.items() if isinstance(value, str)}
+        return set(self._values) - self._used - texts
+
+
 @dataclass(frozen=True)
 class Case:
-    """One recorded case; ``path`` is its json file."""
+    """One recorded case; ``path`` is its json file, ``rows`` those of a formula."""
 
     path: Path
     method: str
     params: dict[str, Any]
     declared: frozenset[str]
+    rows: tuple[dict[str, Any], ...] = ()
 
     @property
     def name(self) -> str:
@@ -133,7 +163,8 @@ def _read(path: Path) -> Case | None:
         if path.with_suffix(".safetensors").exists():
             raise GoldenError(f"{path} names no method.")
         return None
-    return Case(path, method, meta.get("params", {}), frozenset(meta.get("tensors", {})))
+    rows = tuple(meta.get("cases", ()))
+    return Case(path, method, meta.get("params", {}), frozenset(meta.get("tensors", {})), rows)
 
 
 def find_adapter(method: str, pending: Mapping[str, str] = PENDING) -> Adapter | str:
@@ -164,6 +195,10 @@ def check(case: Case, adapter: Adapter) -> None:
         GoldenError: an input unread, an output missing, unknown or different.
     """
     recorded = case.tensors()
+    if not any(name.startswith("out.") for name in recorded) and not case.rows:
+        raise GoldenError(f"{case.name} records nothing that could be compared.")
+    if case.rows:
+        return _check_rows(case, adapter)
     tensors = Tensors(recorded)
     ours = adapter(case.params, tensors)
     problems = [f"{name} was neither read nor ignored" for name in tensors.unread()]
@@ -174,6 +209,25 @@ def check(case: Case, adapter: Adapter) -> None:
             continue
         got, want = value if isinstance(value, tuple) else (value, recorded[name])
         problems += _differences(name, got, want)
+    if problems:
+        raise GoldenError(f"{case.name}: " + "; ".join(problems) + ".")
+
+
+def _check_rows(case: Case, adapter: Adapter) -> None:
+    """Compares numbers exactly, but for what the last bits of a fraction lose in another order."""
+    problems = []
+    for i, recorded in enumerate(case.rows):
+        row = Row(recorded)
+        ours = adapter(case.params, row)
+        problems += [
+            f"row {i}: {name} was neither read nor answered"
+            for name in sorted(row.unread() - ours.keys())
+        ]
+        for name, got in ours.items():
+            want = recorded.get(name, math.nan)
+            exact = isinstance(got, int) and isinstance(want, int)
+            if got != want if exact else not math.isclose(got, want, rel_tol=1e-12):
+                problems.append(f"row {i}: {name} differs: {got}, recorded {want}")
     if problems:
         raise GoldenError(f"{case.name}: " + "; ".join(problems) + ".")
 

@@ -219,6 +219,17 @@ def test_prefill_benchmark_prints_every_call(tmp_path: Path) -> None:
     assert [row[0] for row in rows] == ["unpruned", "free", "fastervlm", "visionzip"]
     assert rows[0][1] == rows[1][2] == "1.000"
     assert "576 visual tokens" in out
+    costs = re.findall(
+        r"^\| (\w+) \|(?: -?[\d.]+ \|){3} (\d+) \| ([\d.]+) \| ([\d.]+) \|$", out, re.M
+    )
+    assert [row[:2] for row in costs] == [
+        ("unpruned", "576"),
+        ("fastervlm", "16"),
+        ("visionzip", "16"),
+    ]
+    assert costs[0][2] == "100.0"
+    # 48 of 608 columns: keys and values of one layer, 64 wide, float32.
+    assert float(costs[1][3]) == round(2 * 48 * 64 * 4 / 2**20, 2)
 
 
 def test_what_is_kept_follows_things_and_counts(tmp_path: Path) -> None:

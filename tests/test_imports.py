@@ -20,22 +20,25 @@ OPTIONAL = {"lmms_eval", "matplotlib", "open_clip", "pyarrow", "rich", "scipy", 
 OPTIONAL |= {"triton", "typer", "vllm"}
 
 VOCABULARY = {"vtprune.types", "vtprune.needs", "vtprune.selection", "vtprune.budget"}
-VOCABULARY |= {"vtprune.errors", "vtprune.kernels"}
+VOCABULARY |= {"vtprune.errors", "vtprune.kernels", "vtprune.rules"}
 # Folder or file -> what it may import besides the standard library.
 ALLOWED = {
     "errors": set(),
     "budget": {"vtprune.errors"},
     "kernels": {"vtprune.errors", "vtprune.kernels", "torch", "triton"},
     "needs": {"vtprune.errors"},
+    "rules": {"vtprune.errors"},
     "selection": {"vtprune.kernels", "torch"},
     "types": {*VOCABULARY, "torch"},
     "scoring": {*VOCABULARY, "vtprune.scoring", "torch"},
     "strategies": {*VOCABULARY, "vtprune.scoring", "vtprune.strategies", "torch"},
     "vlm_adapters": {*VOCABULARY, "vtprune.vlm_adapters", "torch", "transformers"},
+    "flops": {"vtprune.errors"},
     "registry": {*VOCABULARY, "vtprune.strategies", "vtprune.vlm_adapters"},
     "engine": {
         *VOCABULARY,
         "vtprune.engine",
+        "vtprune.flops",
         "vtprune.registry",
         "vtprune.vlm_adapters",
         "packaging",

@@ -12,7 +12,13 @@ import torch
 import vtprune
 import vtprune.strategies
 from vtprune.errors import ConfigError
-from vtprune.registry import adapter_classes, build, strategy_class, strategy_names
+from vtprune.registry import (
+    adapter_classes,
+    build,
+    keeping_names,
+    strategy_class,
+    strategy_names,
+)
 from vtprune.strategies.divprune import DivPrune
 from vtprune.types import Signals
 
@@ -76,6 +82,12 @@ def test_the_names_are_those_of_the_files() -> None:
     folder = Path(vtprune.strategies.__path__[0])
     assert strategy_names() == sorted(p.stem for p in folder.glob("[!_]*.py"))
     assert {"divprune", "fastervlm", "random", "strided"} <= set(strategy_names())
+
+
+def test_some_strategies_take_no_budget() -> None:
+    without = set(strategy_names()) - set(keeping_names())
+    assert without == {n for n in strategy_names() if strategy_class(n).kind == "compute"}
+    assert {"shortv", "yopo"} <= without
 
 
 @pytest.mark.parametrize("name", strategy_names())

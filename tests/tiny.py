@@ -120,13 +120,18 @@ class Reference:
         inputs: dict[str, Tensor],
         selections: Sequence[Selection],
         policy: str,
+        *,
+        projected: bool = False,
     ) -> Reference:
-        """``rank`` [B, L]: place of each column in the short prompt, -1 = hidden."""
+        """``rank`` [B, L]: place of each column in the short prompt, -1 = hidden.
+
+        Tokens are mixed before the projector, or ``projected``.
+        """
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
         embeds = model.get_input_embeddings()(ids).clone()
         original = (mask.cumsum(1) - 1).clamp(min=0)
         rank = torch.full_like(ids, -1)
-        features = survivors(model, inputs["pixel_values"], selections)
+        features = survivors(model, inputs["pixel_values"], selections, projected)
         image = 0
         for b in range(len(ids)):
             place, column = 0, 0
@@ -178,14 +183,19 @@ class Reference:
 
 @torch.no_grad()
 def survivors(
-    model: LlavaForConditionalGeneration, pixels: Tensor, selections: Sequence[Selection]
+    model: LlavaForConditionalGeneration,
+    pixels: Tensor,
+    selections: Sequence[Selection],
+    projected: bool = False,
 ) -> list[Tensor]:
     """Projected tokens of every image, recomputed from the tower's states and the selections."""
+    project = model.model.multi_modal_projector
     states = model.model.vision_tower(pixels, output_hidden_states=True).hidden_states[-2]
     has_cls = states.shape[1] == N + 1
     rows = []
     for image, selection in zip(states, selections, strict=True):
         sources = torch.cat([image[1:], image[:1]]) if has_cls else image
+        sources = project(sources) if projected else sources
         if selection.mix is None:
             merged = sources[selection.rows[0]]
         else:
@@ -194,5 +204,5 @@ def survivors(
             edges = zip(mix.source[0], mix.target[0], mix.weight[0], strict=True)
             for source, target, weight in edges:
                 merged[target] += weight * sources[source]
-        rows.append(model.model.multi_modal_projector(merged))
+        rows.append(merged if projected else project(merged))
     return rows

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from vtprune.errors import ConfigError
@@ -16,10 +16,15 @@ Scope = Literal["tile", "image", "sample"]
 
 @dataclass(frozen=True)
 class Budget:
-    """How many tokens stay: a whole number of ``tokens``, or a ``fraction`` of those there are."""
+    """How many tokens stay: a whole number of ``tokens``, or a ``fraction`` of those there are.
+
+    Of several stages with one budget each leaves its ``part``: it says what share of the tokens
+    that is, by the share asked for.
+    """
 
     tokens: int | None = None
     fraction: float | None = None
+    part: Callable[[float], float] | None = None
 
     def __post_init__(self) -> None:
         if (self.tokens is None) == (self.fraction is None):
@@ -47,11 +52,15 @@ class Budget:
 
     def count(self, n: int) -> int:
         """Returns the number of tokens kept of ``n``: at least 1 and at most ``n``."""
-        wanted = self.tokens if self.tokens is not None else round((self.fraction or 0) * n)
-        return max(1, min(wanted, n))
+        wanted = self.tokens if self.tokens is not None else (self.fraction or 0) * n
+        if self.part is not None:
+            wanted = n * self.part(min(1.0, wanted / max(1, n)))
+        return max(1, min(round(wanted), n))
 
-    def times(self, n: int) -> Budget:
-        """Returns ``n`` times as much; a share ends at everything."""
+    def times(self, n: int | Callable[[float], float]) -> Budget:
+        """Returns ``n`` times as much, a share ending at everything; or the part ``n`` of it."""
+        if callable(n):
+            return replace(self, part=n)
         if self.fraction is not None:
             return Budget(fraction=min(1.0, n * self.fraction))
         return Budget(tokens=n * (self.tokens or 0))

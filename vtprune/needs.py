@@ -37,6 +37,48 @@ class LastRow(DecoderNeed):
     """
 
 
+class TextRows(DecoderNeed):
+    """As ``LastRow``, but mean over all tokens after the last visual one. ``[B, N]`` float32.
+
+    That is, over the instruction; where nothing comes after, the last token alone. Each of them
+    sees what the layer lets it see.
+    """
+
+
+class VisualRows(DecoderNeed):
+    """As ``LastRow``, but mean over all visual tokens. ``[B, N]`` float32.
+
+    Each of them sees what the layer lets it see. They are taken 256 at a time.
+    """
+
+
+class EachText(DecoderNeed):
+    """As ``TextRows``, but each of those tokens by itself, in their order. ``[B, N, T]`` float32.
+
+    A row of the batch that has fewer ends with zeros. All of it is held for the whole call.
+    """
+
+
+class EachHead(EachText):
+    """As ``EachText``, but each head by itself. ``[B, N, T, H]`` float32."""
+
+
+class Likeness(DecoderNeed):
+    """How much the visual tokens are like each token after the last of them. ``[B, N]`` float32.
+
+    Each visual token is shared out among those by the softmax of products of the hidden states that
+    enter the layer; the mean over visual tokens. 0 of all others.
+    """
+
+
+class Turned(DecoderNeed):
+    """What the layer's rotary embedding makes of a query of ones. ``[B, N, d]`` float32."""
+
+
+class LayerKeys(DecoderNeed):
+    """Mean over heads of each token's keys, as attention uses them. ``[B, N, d]`` float32."""
+
+
 class LastFlow(DecoderNeed):
     """Score of each visual token as ``Flow`` has it, for the last prompt token. ``[B, N]`` float32.
 
@@ -51,6 +93,26 @@ class KeyNorm(DecoderNeed):
 
 class Normed(DecoderNeed):
     """Hidden states that enter the layer, after the model's last norm. ``[B, N, D]`` float32."""
+
+
+@dataclass(frozen=True)
+class Transition(DecoderNeed):
+    """How much the layer turns and stretches each token. ``[B, N]`` float32.
+
+    The sum, over attention and MLP, of the norm of what goes out (before the residual addition) by
+    that of what goes in, times the softmax, over all tokens of the sample that are still there, of
+    1 less the cosine between the two; with ``abs_cos`` less its absolute value. It is read while
+    the layer runs, so for stages after it.
+    """
+
+    abs_cos: bool = False
+
+
+# What any language model gives.
+INSIDE: frozenset[type] = frozenset(
+    {LastRow, TextRows, VisualRows, EachText, EachHead, LastFlow}
+    | {KeyNorm, LayerKeys, Normed, Likeness, Turned, Transition}
+)
 
 
 class ClsRow(TowerNeed):
@@ -139,7 +201,7 @@ class Facts:
     @staticmethod
     def signals_of(*, cls_row: bool) -> frozenset[type]:
         """Returns the signals of an ordinary tower, with or without a CLS token."""
-        kinds = {Received, Keys, Flow, InstructionText, LastRow, LastFlow, KeyNorm, Normed}
+        kinds = {Received, Keys, Flow, InstructionText, *INSIDE}
         kinds |= {WideKeys, WideClsRow} if cls_row else {WideKeys}
         return frozenset(kinds | {ClsRow} if cls_row else kinds)
 

@@ -60,6 +60,14 @@ def strategy_names() -> list[str]:
     return sorted(_modules(vtprune.strategies))
 
 
+def keeping_names() -> list[str]:
+    """Returns the names of the strategies that take a budget: all but those from which none leave.
+
+    It imports them.
+    """
+    return [name for name in strategy_names() if strategy_class(name).kind != "compute"]
+
+
 def strategy_class(name: str) -> type[Strategy]:
     """Returns the strategy class of that name.
 

@@ -5,7 +5,7 @@ B rows (one unit of the budget's scope each), N candidate tokens, K kept tokens,
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from enum import Enum
 from typing import ClassVar, Literal
@@ -19,6 +19,8 @@ from vtprune.kernels.topk_sorted import topk_sorted
 from vtprune.needs import (
     ClsRow,
     DecoderNeed,
+    EachHead,
+    EachText,
     Facts,
     Flow,
     InstructionText,
@@ -27,21 +29,30 @@ from vtprune.needs import (
     Keys,
     LastFlow,
     LastRow,
+    LayerKeys,
+    Likeness,
     Need,
     Normed,
     Quantity,
     Received,
+    TextRows,
     TowerNeed,
+    Transition,
+    Turned,
+    VisualRows,
     WideClsRow,
     WideKeys,
     check_needs,
 )
+from vtprune.rules import RowRule
 from vtprune.selection import Mix, Selection
 
 __all__ = [
     "Budget",
     "ClsRow",
     "DecoderNeed",
+    "EachHead",
+    "EachText",
     "Facts",
     "Flow",
     "Inside",
@@ -52,6 +63,8 @@ __all__ = [
     "Keys",
     "LastFlow",
     "LastRow",
+    "LayerKeys",
+    "Likeness",
     "Mix",
     "Need",
     "Newlines",
@@ -59,13 +72,18 @@ __all__ = [
     "Positions",
     "Quantity",
     "Received",
+    "RowRule",
     "Scope",
     "Selection",
     "Signals",
     "Site",
     "Stage",
     "Strategy",
+    "TextRows",
     "TowerNeed",
+    "Transition",
+    "Turned",
+    "VisualRows",
     "WideClsRow",
     "WideKeys",
     "check_needs",
@@ -190,15 +208,18 @@ class Stage:
     of the tower after which one inside the encoder does; None = the block that yields the features.
     With ``before_mlp`` it acts in that block, between attention and MLP. With ``proportional`` a
     token that was merged gets attention, in the blocks that follow, for all patches it stands for.
-    It leaves so many ``times`` the budget, above 1 where a later stage has to come down to it.
+    It leaves so many ``times`` the budget, above 1 where a later stage has to come down to it; a
+    function says what share it leaves, by the share that the strategy is to keep.
+    With a ``rule`` nothing leaves: it says what visual rows compute in that layer.
     """
 
     site: Site
     needs: tuple[Need, ...] = ()
     layer: int | None = None
-    times: int = 1
+    times: int | Callable[[float], float] = 1
     before_mlp: bool = False
     proportional: bool = False
+    rule: RowRule | None = None
 
     @property
     def quantities(self) -> tuple[Quantity, ...]:
@@ -222,7 +243,8 @@ class Strategy:
     Attributes:
         layers: 0-based layers to use instead of the default, exactly as given: tower blocks to
             read, or layers of the language model before which to act.
-        kind: ``select`` keeps an exact count, ``adaptive`` counts of its own per row.
+        kind: ``select`` keeps an exact count, ``adaptive`` counts of its own per row, ``compute``
+            all tokens, for which less is computed: its stages have rules, and it takes no ``keep``.
         acts_inside: whether all it does is inside the language model, where ``keep`` counts the
             visual tokens of a sample. A stage there of another strategy has whole images counted
             and chooses from tokens made of patches.
@@ -235,7 +257,7 @@ class Strategy:
             with the last token of their ``row``. No budget counts them.
     """
 
-    kind: ClassVar[Literal["select", "adaptive"]] = "select"
+    kind: ClassVar[Literal["select", "adaptive", "compute"]] = "select"
     positions: ClassVar[Positions] = "renumber"
     scope: ClassVar[Scope] = "image"
     newlines: ClassVar[Newlines] = "keep"
@@ -274,8 +296,10 @@ class Strategy:
 
     def _allowed_layers(self, facts: Facts) -> tuple[Sequence[int], str]:
         if self.acts_inside:
-            first, last = facts.first_stage, facts.decoder_layers - 1
-            return range(first, last + 1), f"decoder layers {first} to {last} to act before"
+            computes, last = self.kind == "compute", facts.decoder_layers - 1
+            first = 0 if computes else facts.first_stage
+            where = "in" if computes else "before"
+            return range(first, last + 1), f"decoder layers {first} to {last} to act {where}"
         last = facts.feature_block
         if facts.full_blocks is None:
             return range(last + 1), f"tower blocks 0 to {last} up to its features"
@@ -299,7 +323,10 @@ class Strategy:
         raise NotImplementedError(f"{type(self).__name__} must define score() or select().")
 
     def counts(self, signals: Signals, budget: Budget) -> list[int]:
-        """Returns how many tokens of each row stay; an ``adaptive`` strategy overrides this."""
+        """Returns how many tokens of each row stay; an ``adaptive`` strategy overrides this.
+
+        0 only inside the language model: there all visual tokens of a sample may leave.
+        """
         return [budget.count(signals.n)] * len(signals.tokens)
 
     def select(self, signals: Signals, k: int) -> Selection:

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from vtprune.types import (
     ClsRow,
+    EachHead,
+    EachText,
     Facts,
     Flow,
     Inside,
@@ -17,6 +19,8 @@ from vtprune.types import (
     Keys,
     LastFlow,
     LastRow,
+    LayerKeys,
+    Likeness,
     Need,
     Normed,
     Quantity,
@@ -25,6 +29,10 @@ from vtprune.types import (
     Signals,
     Site,
     Strategy,
+    TextRows,
+    Transition,
+    Turned,
+    VisualRows,
     WideClsRow,
     WideKeys,
 )
@@ -45,23 +53,32 @@ TOWERS = {
 
 
 def _value(need: Need, batch: int, n: int, generator: torch.Generator) -> Tensor:
-    if isinstance(need, (ClsRow, LastRow, Received, WideClsRow)):
+    if isinstance(need, (ClsRow, LastRow, Received, TextRows, VisualRows, WideClsRow)):
         return torch.randn(batch, n, generator=generator).softmax(-1)
     if isinstance(need, Flow):
         return torch.rand(batch, n, 2, generator=generator)
-    if isinstance(need, (KeyNorm, LastFlow)):
+    if isinstance(need, (KeyNorm, LastFlow, Likeness, Transition)):
         return torch.rand(batch, n, generator=generator)
     if isinstance(need, Normed):
         return torch.randn(batch, n, WIDTH, generator=generator)
-    if isinstance(need, (Keys, WideKeys)):
+    if isinstance(need, EachHead):
+        return torch.rand(batch, n, batch + 3, 4, generator=generator)
+    if isinstance(need, EachText):
+        return torch.rand(batch, n, batch + 3, generator=generator)
+    if isinstance(need, (Keys, LayerKeys, Turned, WideKeys)):
         return torch.randn(batch, n, 8, generator=generator)
     raise NotImplementedError(f"Say here what random {need} look like.")
 
 
 def make_signals(strategy: Strategy, facts: Facts, batch: int, n: int, seed: int = 0) -> Signals:
-    """Random tokens ``[batch, n, 16]`` and all that the strategy's stages need."""
+    """Random tokens ``[batch, n, 16]`` and all that the strategy's stages need.
+
+    Of those that act at two sites: with a CLS what the first needs, without one the second.
+    """
     generator = torch.Generator().manual_seed(seed)
     stages = strategy.plan(facts)
+    site = stages[0 if facts.has_cls else -1].site
+    stages = [stage for stage in stages if stage.site is site]
     needs = {need for stage in stages for need in stage.needs}
     side = round(n**0.5)
     signals = Signals(

@@ -11,17 +11,16 @@ import torch
 import vtprune
 from tests import tiny
 from tests.families.eager import last_flow, recording
+from tests.families.merges import merging
+from tests.families.reference import mixed
 from tests.probes import generate
-from vtprune.registry import build, strategy_class, strategy_names
+from vtprune.registry import build, keeping_names, strategy_class
 from vtprune.types import (
     DecoderNeed,
     Facts,
     KeyNorm,
     LastFlow,
-    LastRow,
-    Mix,
     Normed,
-    Positions,
     Selection,
     Signals,
     Site,
@@ -30,12 +29,13 @@ from vtprune.types import (
 )
 
 BATCHES = {"one": tiny.one_image, "ragged": tiny.ragged}
-NAMES = [name for name in strategy_names() if strategy_class(name).acts_inside]
-MEAN = {"dart": 9, "fastv": 9, "pyramiddrop": 0.5}
+NAMES = [name for name in keeping_names() if strategy_class(name).acts_inside]
+MEAN = {"dart": 9, "fastv": 9, "pyramiddrop": 0.5, "transprune": 0.5}
+MEAN |= {"sparsevlm": 0.5, "sparsevlm_plus": 0.5}
 
 
 @torch.no_grad()
-def reference(model, inputs, decoding, policy, steps=10):
+def reference(model, inputs, decoding, policy, chosen, steps=10):
     """The full-length model, layer by layer, no cache: each layer sees what its cut has left.
 
     Position ids count what each layer sees, or are the original ones.
@@ -51,7 +51,11 @@ def reference(model, inputs, decoding, policy, steps=10):
         hidden, added = embeds, embeds.shape[1] - valid.shape[1]
         every = torch.cat([valid, torch.ones(len(valid), added, dtype=torch.bool)], dim=1)
         for number, layer in enumerate(text.layers):
-            cut = decoding.cut(number)
+            cut, hidden = decoding.cut(number), hidden.clone()
+            for b, (columns, selection) in chosen.get(number, {}).items():
+                slots = selection.slots[0]
+                slots = slots.sort().values if policy == "renumber" else slots
+                hidden[b, columns[slots]] = mixed(selection, hidden[b, columns])
             seen = every.clone()
             if cut is not None:
                 seen[:, : valid.shape[1]] = False
@@ -74,13 +78,14 @@ def reference(model, inputs, decoding, policy, steps=10):
 
 
 def assert_hides_only(model, inputs, strategy, policy, keep, **options):
-    with vtprune.wrap(model, strategy, keep=keep, positions=policy) as handle:
+    wrapped = vtprune.wrap(model, strategy, keep=keep, positions=policy)
+    with merging() as chosen, wrapped as handle:
         ids, logits = generate(model, inputs, **options)
         decoding, report = handle._decoding, handle.report()
     assert decoding is not None
     assert report.stages
     assert all(stage.kept < stage.tokens for stage in report.stages)
-    wanted_ids, wanted = reference(model, inputs, decoding, policy)
+    wanted_ids, wanted = reference(model, inputs, decoding, policy, chosen)
     assert torch.equal(ids, wanted_ids)
     assert (logits - wanted).abs().max() < 1e-4
     return report
@@ -119,6 +124,7 @@ def test_a_static_cache(shape, attention, policy):
     options = {"cache_implementation": "static"}
     assert_hides_only(model, BATCHES[shape](), "pyramiddrop", policy, 0.5, **options)
     assert_hides_only(model, BATCHES[shape](), "pyramiddrop", policy, 0.6, **options)
+    assert_hides_only(model, BATCHES[shape](), "transprune", policy, 0.5, **options)
 
 
 def test_rows_without_images_keep_everything():
@@ -128,53 +134,11 @@ def test_rows_without_images_keep_everything():
     assert {stage.sample for stage in report.stages} == {1}
 
 
-@dataclass(frozen=True)
-class Merging(Strategy):
-    """Adds all dropped tokens to the first one kept."""
-
-    positions: ClassVar[Positions] = "keep"
-    acts_inside: ClassVar[bool] = True
-
-    def default_layers(self, facts: Facts) -> tuple[int, ...]:
-        return (2,)
-
-    def plan(self, facts: Facts) -> tuple[Stage, ...]:
-        return (Stage(Site.DECODER, (LastRow(2),), 2),)
-
-    def select(self, signals: Signals, k: int) -> Selection:
-        batch, n = signals.tokens.shape[:2]
-        rows = torch.arange(k).expand(batch, k)
-        source = torch.arange(n).expand(batch, n)
-        target = torch.where(source < k, source, 0)
-        return Selection(rows, n, Mix(source, target, torch.ones(batch, n)))
-
-
-def test_merged_tokens_are_written_into_their_slots():
-    model, inputs = tiny.build(), tiny.one_image()
-    seen = {}
-    layer = model.model.language_model.layers[2]
-    with vtprune.wrap(model, Merging(), keep=5):
-        watch = layer.register_forward_pre_hook(
-            lambda m, args: seen.setdefault("hidden", args[0]), prepend=False
-        )
-        model(**inputs)
-        watch.remove()
-    whole = []
-    watch = layer.register_forward_pre_hook(lambda m, args: whole.append(args[0]))
-    model(**inputs)
-    watch.remove()
-    visual = (inputs["input_ids"][0] == tiny.IMAGE).nonzero()[:, 0]
-    first = int(visual[0])
-    merged = whole[0][0, visual[0]] + whole[0][0, visual[5:]].sum(0)
-    torch.testing.assert_close(seen["hidden"][0, first], merged)
-    assert seen["hidden"].shape[1] == inputs["input_ids"].shape[1] - tiny.N + 5
-
-
 @pytest.mark.parametrize("name", NAMES)
 def test_after_a_stage_before_the_language_model(name):
     model, inputs = tiny.build(), tiny.ragged()
     second = build(name)
-    keep = [0.5, 0.6] if name == "pyramiddrop" else [0.5, 4]
+    keep = [0.5, 0.6 if MEAN[name] == 0.5 else 4]  # a mean over layers, or a count
     with vtprune.wrap(model, ["divprune", second], keep=keep, positions="keep") as handle:
         ids, _ = generate(model, inputs)
         report = handle.report()
@@ -220,7 +184,7 @@ class Reading(Strategy):
 
 @dataclass(frozen=True)
 class Watching(Strategy):
-    """Keeps the signals that it was given before layer 2; the first tokens stay."""
+    """Keeps the signals that it was given, by default before layer 2; the first tokens stay."""
 
     seen: list[Signals] = field(default_factory=list, hash=False)
     acts_inside: ClassVar[bool] = True
@@ -229,7 +193,8 @@ class Watching(Strategy):
         return (2,)
 
     def plan(self, facts: Facts) -> tuple[Stage, ...]:
-        return (Stage(Site.DECODER, (KeyNorm(1), Normed(2)), 2),)
+        (layer,) = self.used_layers(facts)
+        return (Stage(Site.DECODER, (KeyNorm(1), Normed(2)), layer),)
 
     def select(self, signals: Signals, k: int) -> Selection:
         self.seen.append(signals)

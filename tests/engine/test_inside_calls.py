@@ -10,7 +10,8 @@ import torch
 import vtprune
 from tests import tiny
 from tests.engine.test_generation import OLD, one_image_each
-from tests.engine.test_inside import MEAN, NAMES, Merging
+from tests.engine.test_inside import MEAN, NAMES
+from tests.engine.test_inside_merging import Merging
 from tests.probes import generate
 from vtprune import ConfigError, UnsupportedError
 from vtprune.types import ClsRow, Facts, Site, Stage

@@ -45,7 +45,7 @@ def test_sweep_writes_table_plot_and_rows(run, model_dir, tmp_path):
         assert word in result.output
     out = tmp_path / "out"
     with Image.open(out / "accuracy.png") as picture:
-        assert picture.size[0] >= 1000
+        assert picture.size[0] >= 1500  # tokens and FLOPs beside each other
     summary = json.loads((out / "summary.json").read_text())
     names = [(row["strategy"], row["budget"]) for row in summary]
     assert names == [
@@ -57,8 +57,12 @@ def test_sweep_writes_table_plot_and_rows(run, model_dir, tmp_path):
         ("fastervlm", "4"),
     ]
     assert all(row["n"] == 4 for row in summary)
+    shares = {row["budget"]: row["flops"] for row in summary}
+    assert 1 == shares["100%"] > shares["25%"] > shares["4"] > shares["0%"] > 0
     table = (out / "table.md").read_text()
     assert all(f"| {name} | {budget} |" in table for name, budget in names)
+    assert f"| 64 | {100 * shares['25%']:.1f} |" in table
+    assert "FLOPs: those of the language model's prefill" in table
     assert len((out / "results.jsonl").read_text().splitlines()) == 4 * len(names)
 
 

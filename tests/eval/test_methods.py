@@ -31,6 +31,17 @@ def test_merging_inside_the_tower_is_merging():
     assert methods.row("vispruner")[TOKENS] == "pruned"
 
 
+def test_those_that_compute_less_come_after_those_that_drop_at_the_same_place():
+    assert methods.row("shortv")[SITE:PAPER] == (
+        "language model 0, 2 ... 31",
+        "none",
+        "all stay",
+        "keep",
+    )
+    names = [line.split("|")[1].strip(" `") for line in methods.table().splitlines()[2:]]
+    assert names[-4:] == ["eemllm", "naavit", "shortv", "yopo"]
+
+
 def test_what_another_model_changes():
     text = methods.row("trim")[SIGNALS]
     assert text == "`InstructionText`; with `text_encoder`: `Joint` 22"

@@ -50,6 +50,7 @@ def test_a_row_says_everything(tmp_path):
         "right",
         "tokens",
         "kept",
+        "flops",
     ]
 
 
@@ -69,6 +70,7 @@ def test_every_cut_leaves_the_whole_lines(tmp_path):
 
 
 WRONG_TYPES = [{"sample": "0"}, {"right": 0}, {"strategy": []}, {"tokens": 1.5}, {"answer": None}]
+WRONG_TYPES += [{"flops": 1}, {"flops": "1.0"}]
 DAMAGED = [b"\0\0\0\n", b'{"sample": 1}\n', b"[1, 2]\n", b"\xff\xfe\n"]
 DAMAGED += [json.dumps(asdict(answer(0)) | wrong).encode() + b"\n" for wrong in WRONG_TYPES]
 
@@ -195,8 +197,22 @@ def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
 
 def test_a_folder_of_another_version_is_refused(tmp_path):
     (tmp_path / "settings.json").write_text('{"model": "m"}')
-    with pytest.raises(ConfigError, match="another version"):
+    with pytest.raises(ConfigError, match=r"another version of vtprune.*tokens, kept, flops\)"):
         Folder(tmp_path, SETTINGS)
+
+
+def test_a_folder_with_other_columns_is_refused(tmp_path):
+    Folder(tmp_path, SETTINGS).close()
+    file = tmp_path / "settings.json"
+    file.write_text(file.read_text().replace(", flops", ""))
+    with pytest.raises(ConfigError, match="another version of vtprune"):
+        Folder(tmp_path, SETTINGS)
+
+
+def test_a_share_that_is_not_known_survives(tmp_path):
+    rows = [answer(0), replace(answer(1), flops=0.25)]
+    JsonLines(tmp_path / "rows.jsonl", Answer).append(rows)
+    assert JsonLines(tmp_path / "rows.jsonl", Answer).rows == rows
 
 
 def test_a_folder_in_place_of_a_file(tmp_path):

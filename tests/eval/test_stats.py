@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from vtprune.eval.budgets import CEILING, FLOOR, Point
@@ -74,3 +76,13 @@ def test_summary_pairs_by_sample():
     assert random.difference.value == -0.5
     assert random.ms == 10.0
     assert random.kinds == {"count": 1.0, "read": 0.0}
+    assert (ceiling.flops, random.flops) == (None, None)
+
+
+def test_a_share_of_flops_is_a_mean_where_every_row_has_one():
+    answers = rows(RANDOM, [True, False, True], 64)
+    shares = [
+        replace(row, flops=share) for row, share in zip(answers, (0.2, 0.3, 0.4), strict=True)
+    ]
+    assert summarize([RANDOM], shares, [])[0].flops == pytest.approx(0.3)
+    assert summarize([RANDOM], [*shares[:2], answers[2]], [])[0].flops is None

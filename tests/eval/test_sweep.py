@@ -1,13 +1,17 @@
 from __future__ import annotations
 
 import pytest
+from PIL import Image
+from rich.console import Console
 
 import vtprune
 from vtprune import ConfigError
 from vtprune.eval.budgets import CEILING, FLOOR, Point, points
+from vtprune.eval.output import write_output
 from vtprune.eval.results import Folder
 from vtprune.eval.samples import TASKS, Asker, answer_of
 from vtprune.eval.sweep import Sweep, seeded, settings_of
+from vtprune.flops import Shape
 
 TASK, LIMIT, SIZE = "scenes", 5, 3
 POINTS = points(["random", "visionzip"], ["25%", "1"])
@@ -56,6 +60,40 @@ def test_counts_are_those_of_the_handle(whole):
     assert kept[FLOOR] == (0, 0)
     assert kept[Point("random", "25%")] == kept[Point("visionzip", "25%")] == (256, 64)
     assert kept[Point("visionzip", "1")] == (256, 1)
+
+
+def test_shares_of_flops_are_those_of_the_prompts(whole, loaded):
+    model, processor = loaded
+    shape = Shape.of(model.config.text_config)
+    rows = {(row.point, row.sample): row.flops for row in whole.answers.rows}
+    for sample in TASKS[TASK].load(0, LIMIT):
+        ask = Asker(processor)
+        tokens, words = (
+            ask([sample.question], images)["input_ids"].shape[1]
+            for images in ([sample.image], None)
+        )
+
+        def share(n, of=tokens):
+            return shape.prefill([n] * shape.layers) / shape.prefill([of] * shape.layers)
+
+        assert rows[CEILING, sample.index] == 1
+        assert rows[FLOOR, sample.index] == pytest.approx(share(words), abs=1e-5)
+        for name, budget, kept in (("random", "25%", 64), ("visionzip", "1", 1)):
+            wanted = share(tokens - 256 + kept)
+            assert rows[Point(name, budget), sample.index] == pytest.approx(wanted, abs=1e-5)
+
+
+def test_a_model_of_unknown_layers_is_swept_without_shares(loaded, settings, tmp_path, monkeypatch):
+    model, processor = loaded
+    monkeypatch.setattr("vtprune.flops.GATED", frozenset())
+    folder = Folder(tmp_path, settings)
+    Sweep(model, processor, points(["strided"], ["25%"]), settings).run(folder)
+    shares = {row.point: row.flops for row in folder.answers.rows}
+    assert shares == {CEILING: 1.0, FLOOR: None, Point("strided", "25%"): None}
+    write_output(folder, list(shares), Console(quiet=True))
+    assert "| strided | 25% |" in (tmp_path / "table.md").read_text()
+    with Image.open(tmp_path / "accuracy.png") as picture:
+        assert picture.size[0] < 1500
 
 
 def answer(processor, ids):

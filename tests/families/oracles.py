@@ -14,6 +14,7 @@ from torch import Tensor
 
 import vtprune
 from tests.families import batches
+from tests.families.merges import merging
 from tests.families.reference import Reference, mixed
 from tests.hidden import Watch
 from tests.probes import generate
@@ -68,13 +69,13 @@ def gather_is_mask(
     """
     model, eager = model_of(family, attention)[0], model_of(family, "eager")[0]
     watch = Watch()
-    with watch.watching(), vtprune.wrap(model, **wrap) as handle:
+    with watch.watching(), merging() as chosen, vtprune.wrap(model, **wrap) as handle:
         ids, logits = generate(model, inputs, steps, **call)
     made = None
     if any(step.stage.site is Site.ENCODER for step in handle.steps):
         made = in_tower(eager, inputs, handle) if mixes(handle) else None
     with watch.hiding(model, eager):
-        wanted_ids, wanted = Reference(eager, inputs, handle, made).greedy(steps)
+        wanted_ids, wanted = Reference(eager, inputs, handle, made, chosen).greedy(steps)
     assert torch.equal(ids, wanted_ids)
     assert (logits - wanted).abs().max() < 1e-4
     return handle

@@ -17,6 +17,8 @@ from vtprune import Handle
 from vtprune.engine.cuts import Cut
 from vtprune.types import Selection
 
+# By layer and row: the columns of the short prompt that a stage chose from, and what it chose.
+Chosen = dict[int, dict[int, tuple[Tensor, Selection]]]
 PER_TOKEN = {"attention_mask": 1, "mm_token_type_ids": 0, "token_type_ids": 0}
 
 
@@ -29,6 +31,7 @@ class Reference:
         handle: the handle after the call; read are its selections, its map of the prompt, and the
             columns that its stages inside the language model left.
         made: tokens ``[K, D]`` of items whose selection mixes, where the mixing was in the tower.
+        chosen: what the stages inside the language model chose, where they mix.
     """
 
     def __init__(
@@ -37,8 +40,9 @@ class Reference:
         inputs: dict[str, Tensor],
         handle: Handle,
         made: list[Tensor] | None = None,
+        chosen: Chosen | None = None,
     ) -> None:
-        self.model, self.inputs = model, inputs
+        self.model, self.inputs, self.chosen = model, inputs, chosen or {}
         base = model.base_model
         self.text = getattr(base, "language_model", None) or base.text_model
         ids = inputs["input_ids"]
@@ -182,6 +186,7 @@ class Reference:
             itself = torch.eye(self.total, dtype=torch.bool)
             mask = mask.masked_fill(~seen[:, None, :, None] & itself, 0.0)
             kwargs = dict(kwargs, attention_mask=mask)
+            args = (self._mix_inside(number, args[0]), *args[1:])
             if self.renumber_inside and self._cut(number) is not None:
                 positions = (seen.long().cumsum(1) - 1).clamp(min=0)
                 kinds = (self.text.config.layer_types[number],) if typed else ()
@@ -189,6 +194,18 @@ class Reference:
             return args, kwargs
 
         return before
+
+    def _mix_inside(self, number: int, hidden: Tensor) -> Tensor:
+        """Writes what the stage before a layer makes of its tokens into the columns that stay."""
+        hidden = hidden.clone()
+        for b, (columns, selection) in self.chosen.get(number, {}).items():
+            short = self.left[b].long().cumsum(0) - 1
+            places = self.places[b][short[columns]]
+            slots = selection.slots[0]
+            if self.renumber_inside:
+                slots = slots.sort().values
+            hidden[b, places[slots]] = mixed(selection, hidden[b, places])
+        return hidden
 
 
 def mixed(selection: Selection, tokens: Tensor) -> Tensor:

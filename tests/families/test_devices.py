@@ -18,6 +18,7 @@ from tests.families.batches import Batch, batch, new_ids
 from tests.families.far import FIRST, SECOND, Far, place, put, several
 from vtprune.engine import layers
 from vtprune.eval import tiny
+from vtprune.strategies.todre import ToDRE
 
 SITES: dict[str, tuple[Any, Any]] = {
     "projector": ("fastervlm", 0.5),
@@ -25,6 +26,11 @@ SITES: dict[str, tuple[Any, Any]] = {
     "tower merging": ("tome", 0.5),
     "decoder": ("fastv", 0.5),
     "stages": ("pyramiddrop", 0.8),
+    "while layers run": ("transprune", 0.8),
+    "merging inside": ("sparsevlm", 0.8),
+    "head by head": ("sparsevlm_plus", 0.8),
+    "merging at both": ("visiondrop", 0.5),
+    "exit": (ToDRE(exit=True, tau=1.0), 0.5),
     "both": (["fastervlm", "fastv"], [0.7, 0.5]),
     "tower and decoder": ("flowcut", 0.4),
 }

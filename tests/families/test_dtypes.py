@@ -21,6 +21,7 @@ SITES = {
     "tome": 0.5,
     "fastv": 0.5,
     "pyramiddrop": 0.8,
+    "transprune": 0.8,
 }
 # Types of everything before the language model, and of the language model.
 LAYOUTS = {

@@ -12,9 +12,9 @@ from torch import Tensor
 from tests.families import prompts
 from tests.families.eager import TOWERS, mapping, model_of
 from tests.families.test_signals import FAMILIES, check, check_carry, check_inside
-from vtprune.engine import layers, rows, tap
+from vtprune.engine import layers, rows, tap, transition
 from vtprune.engine.plan import find_adapter
-from vtprune.types import LastFlow, LastRow
+from vtprune.types import LastFlow, LastRow, TextRows, Transition, VisualRows
 from vtprune.vlm_adapters._base import VLMAdapter
 from vtprune.vlm_adapters._qwen import QwenVL
 from vtprune.vlm_adapters.qwen2_5_vl import Qwen2_5VL
@@ -113,13 +113,11 @@ def test_videos_before_images_are_noticed(family, adapter_class, monkeypatch):
         check(family, "video_and_image")
 
 
-@pytest.mark.parametrize("need", [LastRow, LastFlow])
+@pytest.mark.parametrize("need", [LastRow, LastFlow, TextRows, VisualRows])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_permuted_key_heads_are_noticed(family, need, monkeypatch):
     right = rows.attn_rows
-    monkeypatch.setattr(
-        rows, "attn_rows", lambda q, k, scale=None: right(q, k.flip(1), scale=scale)
-    )
+    monkeypatch.setattr(rows, "attn_rows", lambda q, k, **how: right(q, k.flip(1), **how))
     with pytest.raises(AssertionError):
         check_inside(family, "ragged", 3, need)
 
@@ -148,14 +146,89 @@ def test_a_flow_from_all_tokens_is_noticed(family, monkeypatch):
         check_inside(family, "one", 3, LastFlow)
 
 
-@pytest.mark.parametrize("need", [LastRow, LastFlow])
+@pytest.mark.parametrize("need", [LastRow, LastFlow, TextRows, VisualRows])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_decoder_layer_off_is_noticed(family, need, monkeypatch):
     right = layers.Layers._read
 
-    def wrong(self: Any, decoding: Any, cut: Any, need: Any, *args: Any) -> Tensor:
-        return right(self, decoding, cut, replace(need, layer=need.layer - 1), *args)
+    def wrong(self: Any, decoding: Any, need: Any, *args: Any) -> Tensor:
+        return right(self, decoding, replace(need, layer=need.layer - 1), *args)
 
     monkeypatch.setattr(layers.Layers, "_read", wrong)
     with pytest.raises(AssertionError):
         check_inside(family, "ragged", 3, need)
+
+
+def goes_red(family: str, need: Any, patch: pytest.MonkeyPatch, *fault: Any) -> None:
+    """Holds that what is read is right, and noticed with ``fault`` ``(where, name, wrong)``."""
+    check_inside(family, "ragged", 3, need)
+    patch.setattr(*fault)
+    with pytest.raises(AssertionError):
+        check_inside(family, "ragged", 3, need)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_instruction_that_begins_with_an_image_is_noticed(family, monkeypatch):
+    right = rows.Texts.asking
+
+    def wrong(self: rows.Texts, b: int) -> Tensor:
+        return torch.cat([self.visual[b].nonzero()[-1:, 0], right(self, b)])
+
+    goes_red(family, TextRows, monkeypatch, rows.Texts, "asking", wrong)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_visual_token_that_is_not_asked_is_noticed(family, monkeypatch):
+    right = rows.Visuals.asking
+    monkeypatch.setattr(rows.Visuals, "asking", lambda self, b: right(self, b)[:-1])
+    with pytest.raises(AssertionError):
+        check_inside(family, "ragged", 3, VisualRows)
+
+
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "paligemma"])
+def test_an_instruction_that_sees_what_comes_is_noticed(family, monkeypatch):
+    def wrong(self: Any, b: int, asking: Tensor, spots: Tensor) -> Tensor:
+        return torch.ones(len(asking), len(spots), dtype=torch.bool)
+
+    goes_red(family, TextRows, monkeypatch, rows.Rows, "_seen", wrong)
+
+
+@pytest.mark.parametrize("family", ["paligemma"])
+def test_an_instruction_that_does_not_see_what_comes_is_noticed(family, monkeypatch):
+    def wrong(self: Any, b: int, asking: Tensor, spots: Tensor) -> Tensor:
+        return spots <= asking[:, None]
+
+    goes_red(family, TextRows, monkeypatch, rows.Rows, "_seen", wrong)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_transition_of_half_a_layer_is_noticed(family, monkeypatch):
+    right = transition.transition
+    seen: list[int] = []
+
+    def wrong(x: Tensor, *args: Any, **how: Any) -> Tensor:
+        seen.append(0)
+        return right(x, *args, **how) * (len(seen) % 2)
+
+    goes_red(family, Transition, monkeypatch, transition, "transition", wrong)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_transition_that_shares_with_padding_is_noticed(family, monkeypatch):
+    right = transition.transition
+
+    def wrong(x: Tensor, y: Tensor, valid: Tensor, **how: Any) -> Tensor:
+        return right(x, y, valid | True, **how)
+
+    goes_red(family, Transition, monkeypatch, transition, "transition", wrong)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_transition_one_layer_off_is_noticed(family, monkeypatch):
+    right = layers.watch
+
+    def wrong(layer: Any, need: Transition, current: Any) -> Any:
+        text = find_adapter(model_of(family, "sdpa")[0]).decoder
+        return right(text[need.layer - 1], need, current)
+
+    goes_red(family, Transition, monkeypatch, layers, "watch", wrong)

@@ -19,8 +19,6 @@ from tests.families.eager import (
     encode,
     flat,
     inputs_of,
-    last_flows,
-    last_rows,
     lengths,
     mapping,
     modalities,
@@ -30,12 +28,13 @@ from tests.families.eager import (
     touched,
     wanted,
 )
+from tests.families.eager_inside import INSIDE
 from tests.probes import Spy
 from vtprune.engine import tap
 from vtprune.engine.plan import find_adapter
 from vtprune.eval import tiny
 from vtprune.strategies.fastv import FastV
-from vtprune.types import DecoderNeed, Facts, LastFlow, LastRow, Received, Signals, Site, Stage
+from vtprune.types import DecoderNeed, Facts, LastRow, Received, Signals, Site, Stage
 
 FAMILIES = tiny.names()
 CASES = [(family, kind) for family in FAMILIES for kind in prompts.kinds(family)]
@@ -164,7 +163,7 @@ def check_inside(
         left = [row[row >= 0].tolist() for row in handle.index]
     valid, visual = inputs["attention_mask"].bool(), placeholders(family, kind)
     seen = iter(in_order(strategy.seen))
-    full = last_rows(family, kind) if need is LastRow else last_flows(family, kind, visual)
+    full = INSIDE[need](family, kind, visual)
     for b, row in enumerate(full[layer - 1]):
         places, text = visual[b].nonzero()[:, 0], (valid[b] & ~visual[b]).nonzero()[:, 0]
         if len(places):
@@ -198,8 +197,9 @@ def test_fastv_keeps_what_the_last_row_looks_at(family, kind):
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("need", [need for need in INSIDE if need is not LastRow])
 @pytest.mark.parametrize(("family", "kind"), CASES)
-def test_what_flows_to_the_last_token_equals_eager(family, kind, attention):
+def test_what_is_read_inside_equals_eager(family, kind, need, attention):
     facts = find_adapter(model_of(family)[0]).facts
     for layer in range(facts.first_stage, facts.decoder_layers):
-        check_inside(family, kind, layer, LastFlow, attention)
+        check_inside(family, kind, layer, need, attention)

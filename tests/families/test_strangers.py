@@ -13,6 +13,7 @@ import vtprune
 from tests.engine.test_generation import OLD
 from tests.families import strangers
 from tests.families.batches import decoded, new_ids
+from tests.families.merges import merging
 from tests.families.reference import Reference
 
 SERVED = [
@@ -22,6 +23,9 @@ SERVED = [
     ("fastv", 0.5),
     ("dart", 0.5),
     ("pyramiddrop", 0.8),
+    ("sparsevlm", 0.8),
+    ("sparsevlm_plus", 0.8),
+    ("transprune", 0.8),
 ]
 # These have position ids with three axes, which stages that renumber cannot count anew.
 MROPE = {"glm4v"}
@@ -52,7 +56,7 @@ def test_keep_all_is_bit_identical(name: str) -> None:
 @pytest.mark.parametrize(("strategy", "keep"), SERVED)
 def test_gather_equals_mask(name: str, strategy: str, keep: float) -> None:
     model, inputs, n = built(name)
-    with vtprune.wrap(model, strategy, keep=keep) as handle:
+    with merging() as chosen, vtprune.wrap(model, strategy, keep=keep) as handle:
         ids = new_ids(model, inputs)
         report = handle.report()
     visual = (inputs["input_ids"] == strangers.IMAGE).sum(1).tolist()
@@ -63,7 +67,7 @@ def test_gather_equals_mask(name: str, strategy: str, keep: float) -> None:
         assert all(2 * image.kept == image.tokens for image in report.images)
         assert handle.index is not None
         assert handle.index.shape[1] == inputs["input_ids"].shape[1] - n
-    wanted, _ = Reference(built(name, "eager")[0], inputs, handle).greedy(5)
+    wanted, _ = Reference(built(name, "eager")[0], inputs, handle, chosen=chosen).greedy(5)
     assert torch.equal(ids, wanted)
 
 

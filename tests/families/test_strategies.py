@@ -13,13 +13,13 @@ from tests.clip import ClipTokenizer, clip
 from tests.families.oracles import gather_is_mask, inputs_of, keeps_all, model_of
 from vtprune import UnsupportedError
 from vtprune.eval import tiny
-from vtprune.registry import strategy_names
+from vtprune.registry import keeping_names
 
 # Of these the default suite sees every strategy, of the other families the slow one.
 QUICK = ("llava", "llava_siglip", "llava_next", "qwen2_5_vl")
 CLIP = ("llava", "llava_next", "llava_next_video", "video_llava")
 # What several stages share must leave something to each.
-KEEP = {"pyramiddrop": 0.6}
+KEEP = {"pyramiddrop": 0.6, "sparsevlm": 0.6, "sparsevlm_plus": 0.6, "transprune": 0.6}
 
 
 @cache
@@ -28,7 +28,7 @@ def text_encoder() -> Any:
 
 
 Variant = tuple[str, dict[str, Any]]
-VARIANTS: dict[str, Variant] = {name: (name, {}) for name in strategy_names()}
+VARIANTS: dict[str, Variant] = {name: (name, {}) for name in keeping_names()}
 # Options that take another way through the code.
 VARIANTS |= {
     "cdpruner by CLIP": ("cdpruner", {"text_encoder": text_encoder}),
@@ -40,8 +40,14 @@ VARIANTS |= {
     "hiprune plus": ("hiprune", {"plus": True}),
     "prumerge adaptive": ("prumerge", {"adaptive": True}),
     "prumerge_plus adaptive": ("prumerge_plus", {"adaptive": True}),
+    "sparsevlm without recycling": ("sparsevlm", {"recycle": False}),
+    "todre exit": ("todre", {"exit": True, "tau": 1.0}),
     "todre max_min": ("todre", {"objective": "max_min"}),
     "tome unweighted": ("tome", {"prop_attn": False}),
+    "transprune without instruction": ("transprune", {"instruction": False}),
+    "visiondrop mean": ("visiondrop", {"merge": "mean"}),
+    "vscan outside": ("vscan", {"inside": False}),
+    "vscan outside compat": ("vscan", {"inside": False, "compat": True}),
     "trim by CLIP": ("trim", {"text_encoder": text_encoder}),
 }
 FAMILIES = [
@@ -80,8 +86,10 @@ def test_gather_equals_mask(family, variant):
         assert any(left) or any(stage.kept < stage.tokens for stage in report.stages)
 
 
-# Where the count is the image's own, ``keep`` is at most that, and 1.0 may still drop some.
-WHOLE = [name for name, (_, options) in VARIANTS.items() if not options.get("adaptive")]
+# Where the count is the image's own, ``keep`` is at most that, and 1.0 may still drop some; an exit
+# does not ask what was to be kept.
+OWN = {"adaptive", "exit"}
+WHOLE = [name for name, (_, options) in VARIANTS.items() if not OWN & options.keys()]
 
 
 @pytest.mark.parametrize("variant", WHOLE)

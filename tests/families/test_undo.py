@@ -22,6 +22,7 @@ SITES: list[tuple[Any, Any]] = [
     ("fastv", 0.5),
     ("visionzip", 0.5),
     ("pyramiddrop", 0.8),
+    ("transprune", 0.8),
     (["fastervlm", "fastv"], [0.7, 0.5]),
 ]
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from vtprune.engine import tap
 from vtprune.engine.decoding import Decoding
 from vtprune.engine.layers import Layers
 from vtprune.engine.signals import Step
-from vtprune.types import Budget, Facts, Strategy
+from vtprune.types import Budget, Facts, Site, Strategy
 
 PREFIX = "in.weights."
 
@@ -52,8 +53,8 @@ def staged(
     """Runs the model with the strategy's stages; ``visual`` ``[B, L]`` bool marks the image."""
     facts = decoder(len(model.layers))
     budget = Budget.of(keep)
-    stages = strategy.plan(facts)
-    steps = [Step(strategy, stage, budget, strategy.positions) for stage in stages]
+    stages = [stage for stage in strategy.plan(facts) if stage.site is Site.DECODER]
+    steps = [Step(strategy, s, budget.times(s.times), strategy.positions) for s in stages]
     images = visual.sum(1, keepdim=True).tolist()
     decoding = Decoding(torch.ones_like(visual), visual, visual, images)
     with ExitStack() as undo:
@@ -68,3 +69,15 @@ def span(length: int, image: tuple[int, int]) -> Tensor:
     """Returns ``[1, length]`` bool, True from ``image[0]`` to before ``image[1]``."""
     columns = torch.arange(length)
     return ((columns >= image[0]) & (columns < image[1]))[None]
+
+
+def mean(ratios: Sequence[float], layers: Sequence[int], depth: int) -> float:
+    """Returns the mean share of visual tokens that enter a layer."""
+    lengths = [b - a for a, b in pairwise((0, *layers, depth))]
+    return sum(n * r for n, r in zip(lengths, (1.0, *ratios), strict=True)) / depth
+
+
+def behind(decoding: Decoding, layer: int) -> int:
+    """Returns by how much the position ids of decoded tokens are lowered in a layer."""
+    cut = decoding.cut(layer)
+    return 0 if cut is None or cut.behind is None else int(cut.behind)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
-from tests.golden_adapters._decoder import llama, span, staged
+from tests.golden_adapters._decoder import behind, llama, mean, span, staged
 from tests.golden_harness import Output, Tensors
 from vtprune.engine.cuts import Cut
 from vtprune.kernels.attn_rows import attn_rows
@@ -24,7 +23,7 @@ def from_golden(params: dict[str, Any], tensors: Tensors) -> dict[str, Output]:
     layers = tuple(params["prune_layers_1based"])  # after the n-th layer is before layer n
     strategy = build("pyramiddrop", layers=layers)
     assert strategy.positions == params["position_policy"]
-    keep = _mean(params["ratios_of_original"], layers, params["layers"])
+    keep = mean(params["ratios_of_original"], layers, params["layers"])
     if "in.inputs_embeds" in tensors:
         return _whole_model(strategy, keep, params, tensors)
     # The lengths of padded samples are recorded only as position ids that begin again at 0.
@@ -48,13 +47,6 @@ def from_golden(params: dict[str, Any], tensors: Tensors) -> dict[str, Output]:
         ours[f"out.S{stage}.position_ids"] = ids, recorded.masked_fill(ids < 0, -1)
     ours["out.keep"] = pad_sequence([s.alive for s in samples], True, -1)
     return ours
-
-
-def _mean(ratios: list[float], layers: tuple[int, ...], depth: int) -> float:
-    """The mean share of visual tokens that enter a layer."""
-    ends = (0, *layers, depth)
-    lengths = [b - a for a, b in pairwise(ends)]
-    return sum(n * r for n, r in zip(lengths, (1.0, *ratios), strict=True)) / depth
 
 
 class _Sample:
@@ -121,13 +113,8 @@ def _whole_model(
     ours["out.decode_hidden"] = torch.cat(hidden, dim=1)
     ours["out.decode_position_ids"] = torch.tensor(
         [
-            [[params["n_total"] + step - _behind(decoding, layer)] for layer in range(len(lengths))]
+            [[params["n_total"] + step - behind(decoding, layer)] for layer in range(len(lengths))]
             for step in range(len(steps))
         ]
     )
     return ours
-
-
-def _behind(decoding: Any, layer: int) -> int:
-    cut = decoding.cut(layer)
-    return 0 if cut is None else int(cut.behind)

@@ -75,3 +75,16 @@ def test_integers_and_a_limit_of_nothing_are_refused() -> None:
         attn_rows(x.long(), x)
     with pytest.raises(ConfigError, match="chunk_bytes=0"):
         attn_rows(x, x, chunk_bytes=0)
+
+
+@pytest.mark.parametrize("chunk_bytes", [1, 500, 1 << 20])
+def test_a_query_sees_what_it_may(chunk_bytes: int) -> None:
+    q, k = normal(2, 4, 5, 16), normal(2, 2, 9, 16, seed=1)
+    seen = torch.ones(5, 9, dtype=torch.bool).tril(4)
+    got = attn_rows(q, k, seen=seen, chunk_bytes=chunk_bytes)
+    rows = [attn_rows(q[:, :, i : i + 1], k[:, :, : i + 5]) for i in range(5)]
+    want = torch.stack([torch.nn.functional.pad(row, (0, 9 - row.shape[1])) for row in rows])
+    assert relative_error(got, want.mean(0)) < 1e-5
+    assert torch.equal(attn_rows(q, k, seen=torch.ones_like(seen)), attn_rows(q, k))
+    with pytest.raises(InputError, match="seen is"):
+        attn_rows(q, k, seen=seen[:, 1:])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vtprune.scoring.merging import absorb, gridded, outlier_share
+from vtprune.scoring.merging import absorb, gridded, into_nearest, outlier_share
 
 
 def test_outliers_are_above_the_upper_fence():
@@ -59,3 +59,12 @@ def test_absorbing_random_tokens(k, m):
             torch.testing.assert_close(out[b, place], x[b, i] + added)
         left = sorted(set(range(20)) - set(kept[b].tolist()))
         torch.testing.assert_close(out[b, k], (weight[b, left, None] * x[b, left]).sum(0))
+
+
+def test_what_leaves_is_averaged_into_what_it_resembles_most():
+    tokens = torch.tensor([[[2.0, 0.0], [1.0, 0.1], [0.0, 1.0], [3.0, 0.0], [0.1, 5.0]]])
+    merged = into_nearest(torch.tensor([[0, 2]]), tokens)
+    assert merged.rows.tolist() == [[0, 2]]
+    mean = torch.stack([tokens[0, [0, 1, 3]].mean(0), tokens[0, [2, 4]].mean(0)])
+    torch.testing.assert_close(merged.apply(tokens)[0], mean)
+    assert into_nearest(torch.tensor([[2]]), tokens).total(torch.ones(1, 5)).tolist() == [[5.0]]

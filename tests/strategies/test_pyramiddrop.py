@@ -7,7 +7,7 @@ import torch
 
 from vtprune.errors import InputError
 from vtprune.registry import build
-from vtprune.strategies.pyramiddrop import share
+from vtprune.scoring.schedule import scaled
 from vtprune.types import Budget, Inside, LastRow, Signals
 
 AUTHORS = (8, 16, 24)
@@ -28,7 +28,9 @@ def inside(stage: int, layers: tuple[int, ...] = AUTHORS, n: int = 576) -> Insid
     ],
 )
 def test_the_share_of_a_stage(layers, keep, wanted):
-    assert share(inside(0, layers), keep) == pytest.approx(wanted)
+    halves = [0.5 ** (stage + 1) for stage in range(len(layers))]
+    each = [wanted ** (stage + 1) for stage in range(len(layers))]
+    assert scaled(halves, layers, 32, keep) == pytest.approx(each)
 
 
 def test_the_authors_counts():

@@ -1,7 +1,8 @@
-"""ToDRE, stage 1: pivot, objectives and order."""
+"""ToDRE: pivot, objectives and order; the exit is in engine/test_exit.py."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ import vtprune
 from vtprune.errors import ConfigError
 from vtprune.registry import build
 from vtprune.strategies.todre import ToDRE
-from vtprune.types import ClsRow, Signals
+from vtprune.types import ClsRow, Facts, Signals, Site, TextRows
 
 
 def signals_of(score: list[float]) -> Signals:
@@ -46,8 +47,18 @@ def test_the_sum_goes_far_out_and_the_minimum_fills_gaps():
         ({"objective": "maxmin"}, "objective='maxmin' is unknown; choose max_sum or max_min"),
         ({"thumbnail": 0}, "thumbnail=0 must be a count"),
         ({"thumbnail": True}, "thumbnail=True must be a count"),
+        ({"tau": 1.5}, "tau=1.5 must be a share from 0 to 1"),
     ],
 )
 def test_wrong_options(options: dict[str, Any], message: str):
     with pytest.raises(ConfigError, match=message):
         build("todre", **options)
+
+
+def test_the_second_stage_is_asked_for():
+    llava = Facts(24, 22, True, Facts.signals_of(cls_row=True), decoder_layers=32)
+    assert [stage.site for stage in build("todre").plan(llava)] == [Site.PROJECTOR]
+    last = build("todre", exit=True).plan(llava)[-1]
+    assert (last.site, last.layer, last.needs) == (Site.DECODER, 28, (TextRows(28),))
+    with pytest.raises(ConfigError, match=r"exit=True: .* no layer .* leave it out"):
+        build("todre", exit=True).plan(replace(llava, decoder_layers=1))

@@ -34,6 +34,7 @@ class Tile:
         used: ``[n]`` bool, those that may be chosen; the others leave with the first that do.
         values: quantities of the blocks so far, ``[n, ...]``.
         sizes: ``[n]`` float32, how many patches each stands for.
+        attended, passed: tokens that entered attention and MLP of each block so far.
     """
 
     image: int
@@ -46,6 +47,7 @@ class Tile:
     def __post_init__(self) -> None:
         self.entered, self.width = int(self.used.sum()), len(self.used)
         self.sizes = torch.ones(self.width, device=self.states.device)
+        self.attended, self.passed = list[int](), list[int]()
 
     @property
     def untouched(self) -> bool:
@@ -108,6 +110,8 @@ class Blocks:
                 states = self.call(block, torch.stack([tile.states for tile in group]), mask)
                 for tile, row in zip(group, states, strict=True):
                     tile.states = row
+                    tile.attended += [len(row)] if skip != self.attention else []
+                    tile.passed += [len(row)] if skip != self.mlp else []
                 for need in read if skip != self.attention else ():
                     value = self.tap.take(need).unflatten(0, (len(group), -1))
                     for tile, row in zip(group, value, strict=True):

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from vtprune.engine.items import Item
 from vtprune.engine.positions import gather_positions
+from vtprune.engine.timing import timed
 from vtprune.errors import InputError
 from vtprune.types import Positions, Selection
 from vtprune.vlm_adapters._base import Modality
@@ -99,6 +100,7 @@ def of_patches(ids: Tensor, items: Sequence[Item]) -> Tensor:
     return made
 
 
+@timed("compact")
 def shorten(
     ids: Tensor, valid: Tensor, items: Sequence[Item], selections: Sequence[Selection]
 ) -> Prompt:

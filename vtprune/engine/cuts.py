@@ -115,7 +115,7 @@ class Cut:
         elif mask is not None and not is_static(kwargs) and mask.shape[-1] < self.length + now:
             # Sized by a layer that is cut already: the columns it hides are not the right ones.
             seen_now = self._after(seen, cos.shape[1])
-            mask = seen_now if mask.dtype == torch.bool else _additive(seen_now, mask.dtype)
+            mask = seen_now if mask.dtype == torch.bool else additive(seen_now, mask.dtype)
         elif mask is not None:
             mask = self._columns(mask, is_static(kwargs))
         cut["attention_mask"] = mask
@@ -162,7 +162,8 @@ class Cut:
         return F.pad(cut, (0, mask.shape[-1] - cut.shape[-1]), value=hidden) if static else cut
 
 
-def _additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
+def additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    """Returns what is added to attention where only ``seen`` is seen."""
     mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
     return mask.masked_fill(~seen, torch.finfo(dtype).min)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -11,7 +11,9 @@ from torch import Tensor
 from vtprune.engine.compaction import Prompt, of_patches
 from vtprune.engine.cuts import Cut
 from vtprune.engine.items import Item
+from vtprune.engine.places import places
 from vtprune.engine.report import StageReport
+from vtprune.engine.split import Split
 from vtprune.types import DecoderNeed
 
 
@@ -26,6 +28,11 @@ class Decoding:
         cuts: by layer, what is left from that layer on.
         rows: what was read, ``[B, L, ...]`` over the columns of the prompt.
         left: what the stages did, for the report.
+        where: returns the place of each token as ``near`` takes it, ``[B, L, 4]``.
+        splits: by layer of the cut, -1 before any, which rows are visual.
+        windows: by that layer and a radius, which tokens are close to each other.
+        acted: layers in which a rule changed attention.
+        spared: multiply-accumulates of the prompt that row rules left out.
     """
 
     valid: Tensor
@@ -37,6 +44,11 @@ class Decoding:
     rows: dict[DecoderNeed, Tensor] = field(default_factory=dict)
     left: list[StageReport] = field(default_factory=list)
     prefilled: bool = False
+    where: Callable[[], Tensor] | None = None
+    splits: dict[int, Split] = field(default_factory=dict)
+    windows: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    acted: set[int] = field(default_factory=set)
+    spared: float = 0.0
 
     @classmethod
     def of(cls, prompt: Prompt, visual: Tensor, items: Sequence[Item]) -> Decoding:
@@ -49,7 +61,11 @@ class Decoding:
         images: list[list[int]] = [[] for _ in prompt.ids]
         for row, item in zip(prompt.sample, items, strict=True):
             images[row].append(len(item.free))
-        return cls(valid, seen, patches, images)
+        decoding = cls(valid, seen, patches, images)
+        decoding.where = lambda: places(prompt.ids, items)[
+            torch.arange(len(index), device=index.device)[:, None], index
+        ]
+        return decoding
 
     def expand(self, batch: int) -> None:
         """Repeats every row as ``generate`` does for beams and several sequences per prompt."""
@@ -59,6 +75,11 @@ class Decoding:
             mask.repeat_interleave(self.copies, dim=0) for mask in masks
         )
 
+    def finish(self) -> None:
+        """Says that the prompt was read, and forgets what only that took."""
+        self.prefilled, self.where = True, None
+        self.splits, self.windows = {}, {}
+
     def on(self, device: torch.device) -> Decoding:
         """Moves everything to the device of the layer that runs now."""
         if self.valid.device != device:
@@ -67,6 +88,12 @@ class Decoding:
             self.cuts = {layer: cut.to(device) for layer, cut in self.cuts.items()}
             self.rows = {need: value.to(device) for need, value in self.rows.items()}
         return self
+
+    def move(self, row: int, source: Tensor, target: Tensor) -> None:
+        """Lets what was read of columns ``[K]`` of a row follow the tokens to others."""
+        if not torch.equal(source, target):
+            for value in self.rows.values():
+                value[row, target] = value[row, source]
 
     def cut(self, layer: int) -> Cut | None:
         """What ``layer`` still sees; None = everything."""

@@ -12,10 +12,13 @@ from torch import Tensor, nn
 from vtprune.engine.compaction import rows_of
 from vtprune.engine.items import Item, items_of, stand
 from vtprune.engine.reducer import BlockReducer
+from vtprune.engine.report import TileReport
 from vtprune.engine.scopes import decide_in_scope
 from vtprune.engine.signals import Images, Step, survive
 from vtprune.engine.tap import Tap, reading
 from vtprune.engine.text_tower import TextTower
+from vtprune.engine.timing import part, timed
+from vtprune.engine.tower import Climb
 from vtprune.types import Joint, Newlines, Selection, Site, TowerNeed
 from vtprune.vlm_adapters._base import Batch, Modality, VLMAdapter
 
@@ -26,12 +29,14 @@ Text = Callable[[Sequence[Item]], list[Tensor]]
 class Encoded:
     """What the language model gets, per modality, and what was chosen of each item.
 
-    ``selections`` have batch dimension 1 and positions before any step.
+    ``selections`` have batch dimension 1 and positions before any step; ``tiles`` are the rows of
+    the tower, none where it is not known.
     """
 
     outputs: Mapping[str, Any]
     items: Sequence[Item]
     selections: list[Selection]
+    tiles: tuple[TileReport, ...]
 
 
 def encode(
@@ -61,7 +66,8 @@ def encode(
     items = [item for run in runs for item in run.items]
     samples = rows_of(batch["input_ids"], items)
     if text is not None:
-        images.text = text(items)
+        with part("score"):
+            images.text = text(items)
     for i, step in enumerate(after):
         chosen = decide_in_scope(step, images, samples)
         images = survive(images, chosen, tower_needs(after[i + 1 :]))
@@ -73,7 +79,8 @@ def encode(
     for run in runs:
         outputs[run.modality.name] = run.pack(stood[first : first + len(run.items)])
         first += len(run.items)
-    return Encoded(outputs, items, [selection for selection, _ in stood])
+    tiles = tuple(tile for run in runs for tile in run.tiles)
+    return Encoded(outputs, items, [selection for selection, _ in stood], tiles)
 
 
 def tower_needs(steps: Sequence[Step]) -> list[TowerNeed]:
@@ -87,6 +94,7 @@ class _Run:
     Attributes:
         items: what it yields, whole.
         images: their free tokens with what the later steps read, or what an encoder step left.
+        tiles: the rows of the tower.
     """
 
     def __init__(
@@ -113,6 +121,7 @@ class _Run:
         with reading(self.tap), hooked, self._projecting(tower_needs(steps)):
             self.output = adapter.encode(modality, batch)
         self.items = items_of(adapter, modality, self.output, batch)
+        self.tiles = self._tiles(None if reducer is None else reducer.climb)
         self.images = self._images(later)
         if reducer is not None:
             self.images = reducer.survivors(self.items, self.images, later)
@@ -136,6 +145,7 @@ class _Run:
                     undo.callback(block.register_forward_hook(hook(need)).remove)
             yield
 
+    @timed("score")
     def values(self, need: TowerNeed) -> list[Tensor]:
         """Returns a quantity at the free tokens of each item, ``[m_i, ...]``."""
         flat = self.joint[need] if isinstance(need, Joint) else self.tap.value(need)
@@ -156,6 +166,20 @@ class _Run:
             tiles=[item.tiles for item in self.items],
         )
 
+    def _tiles(self, climb: Climb | None) -> list[TileReport]:
+        if not self.adapter.facts.vision_layers:
+            return []
+        states, config = self.output.last_hidden_state, self.adapter.tower(self.modality).config
+        lengths = self.tap.segments or [states.shape[1]] * len(states)
+        blocks = self.adapter.facts.feature_block + 1
+        reports = []
+        for tile, n in enumerate(lengths):
+            whole = (n,) * blocks
+            attended, passed = (whole, whole) if climb is None else climb.way(tile)
+            reports.append(TileReport(n, attended, passed, config))
+        return reports
+
+    @timed("compact")
     def pack(self, stood: Sequence[tuple[Selection, Tensor]]) -> Any:
         """Returns the output with what is left of each item; as it was where everything is."""
         if all(selection.is_identity for selection, _ in stood):

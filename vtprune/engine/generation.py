@@ -56,8 +56,8 @@ def refuse_inside(setting_of: Callable[[str], Any]) -> None:
     for name, used in ways.items():
         if used:
             raise UnsupportedError(
-                f"{name} does not go with tokens that leave inside the language model. Leave it "
-                "out, or use a strategy that acts before the language model, such as 'divprune'."
+                f"{name} does not go with a strategy that acts inside the language model. Leave it "
+                "out, or use one that acts before the language model, such as 'divprune'."
             )
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vtprune.engine.timing import timed
 from vtprune.errors import InputError, UnsupportedError
 from vtprune.types import Mix, Newlines, Selection
 from vtprune.vlm_adapters._base import Batch, Grid, Modality, VLMAdapter, square
@@ -168,6 +169,7 @@ def _copies(part: Selection) -> Mix:
     return Mix(part.rows, target, torch.ones(target.shape, device=target.device))
 
 
+@timed("compact")
 def stand(
     item: Item, chosen: Selection, tokens: Tensor, policy: Newlines
 ) -> tuple[Selection, Tensor]:

@@ -21,9 +21,12 @@ from vtprune.engine.decoding import Decoding
 from vtprune.engine.report import StageReport
 from vtprune.engine.rows import READERS
 from vtprune.engine.signals import Images, Step, decide
+from vtprune.engine.states import STATES
 from vtprune.engine.tap import reading
+from vtprune.engine.timing import timed
+from vtprune.engine.transition import watch
 from vtprune.errors import UnsupportedError
-from vtprune.types import DecoderNeed, Inside, Normed, Selection
+from vtprune.types import DecoderNeed, Inside, Selection, Transition
 
 
 class Layers:
@@ -51,12 +54,17 @@ class Layers:
         """Registers the hooks; ``undo`` takes them off."""
         begin = self.model.register_forward_pre_hook(self._begin, with_kwargs=True)
         undo.callback(begin.remove)
-        first = min([*(need.layer for need in self.needs), *self.steps])
+        acting = [*(need.layer for need in self.needs), *self.steps]
+        first = min(acting, default=len(self.layers))
         for number in range(first, len(self.layers)):
             hook = self.layers[number].register_forward_pre_hook(
                 self._hook(number), with_kwargs=True
             )
             undo.callback(hook.remove)
+        for need in self.needs:
+            if isinstance(need, Transition):
+                for hook in watch(self.layers[need.layer], need, self.current):
+                    undo.callback(hook.remove)
         undo.callback(self.model.register_forward_hook(self._end).remove)
 
     def _begin(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
@@ -74,7 +82,7 @@ class Layers:
     def _end(self, module: nn.Module, args: Any, output: Any) -> None:
         decoding = self.current()
         if decoding is not None:
-            decoding.prefilled = True
+            decoding.finish()
 
     def _hook(self, number: int) -> Callable[..., Any]:
         def before(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -121,61 +129,81 @@ class Layers:
     ) -> Any:
         self._refuse_window(number, decoding.valid.shape[1], kwargs)
         cut, rotary = decoding.cut(number), self._rotary(number)
-        cut_kwargs = kwargs if cut is None else cut.prompt(kwargs, hidden, rotary)
-        for need in self.needs:
-            if need.layer == number:
-                decoding.rows[need] = self._read(decoding, cut, need, hidden, cut_kwargs)
+        own = kwargs if cut is None else cut.prompt(kwargs, hidden, rotary)
         step = self.steps.get(number)
-        if step is None:
-            return (hidden,), cut_kwargs
-        hidden, after = self._stage(decoding, step, cut, hidden)
-        if after is None:
-            return (hidden,), cut_kwargs
-        decoding.cuts[number] = after
-        return (hidden,), after.prompt(kwargs, hidden, rotary)
+        if step is not None:  # it reads what the layer would compute if no token left
+            self._read_for([step], decoding, number, hidden, own)
+            hidden, after = self._stage(decoding, step, cut, hidden)
+            if after is not None:
+                decoding.cuts[number] = after
+                own = after.prompt(kwargs, hidden, rotary)
+        later = [step for layer, step in self.steps.items() if layer > number]
+        self._read_for(later, decoding, number, hidden, own)
+        return (hidden,), own
 
+    def _read_for(
+        self,
+        steps: Sequence[Step],
+        decoding: Decoding,
+        number: int,
+        hidden: Tensor,
+        kwargs: dict[str, Any],
+    ) -> None:
+        """Reads what ``steps`` need of the layer that comes now."""
+        for need in self.needs:
+            asked = any(need in step.stage.needs for step in steps)
+            if asked and need.layer == number and not isinstance(need, Transition):
+                decoding.rows[need] = self._read(decoding, need, hidden, kwargs)
+
+    @timed("score")
     def _read(
         self,
         decoding: Decoding,
-        cut: Cut | None,
         need: DecoderNeed,
         hidden: Tensor,
         kwargs: dict[str, Any],
     ) -> Tensor:
         """Returns what is needed of the layer that comes now, ``[B, L, ...]`` over the prompt."""
-        columns = Cut.whole(decoding.valid) if cut is None else cut
+        columns = decoding.cut(need.layer) or Cut.whole(decoding.valid)
         length = decoding.valid.shape[1]
-        if isinstance(need, Normed):
+        visual = columns.of(decoding.visual)
+        if type(need) in STATES:
             with torch.no_grad():
-                normed = self.model.norm(hidden).to(hidden.device, torch.float32)
-            return columns.spread(normed, length)
+                read = STATES[type(need)](self.model, hidden, kwargs, columns.valid, visual)
+            return columns.spread(read, length)
         layer: Any = self.layers[need.layer]
-        rows = READERS[type(need)](layer.self_attn, columns.valid, columns.of(decoding.visual))
+        rows = READERS[type(need)](layer.self_attn, columns.valid, visual)
         with torch.no_grad(), reading(rows), rows.only():  # as far as its queries and keys
             layer.self_attn(layer.input_layernorm(hidden), **{**kwargs, "past_key_values": None})
         return columns.spread(rows.value(), length)
 
+    @timed("score")
     def _stage(
         self, decoding: Decoding, step: Step, cut: Cut | None, hidden: Tensor
     ) -> tuple[Tensor, Cut | None]:
         """Asks the strategy once per prompt; its copies follow. No cut where nothing leaves."""
         columns = Cut.whole(decoding.valid) if cut is None else cut
+        visual = columns.of(decoding.visual)
         # Who counts whole images, as before the language model, chooses from what they count.
-        per_sample = step.strategy.acts_inside
-        offered = columns.of(decoding.visual if per_sample else decoding.patches)
+        offered = visual if step.strategy.acts_inside else columns.of(decoding.patches)
         asked = [b for b in range(0, len(hidden), decoding.copies) if bool(offered[b].any())]
         spots = {b: offered[b].nonzero()[:, 0] for b in asked}
         chosen = self._decide(decoding, step, columns, hidden, spots)
         stays, merged = columns.valid.clone(), hidden.clone()
         for (b, places), selection in zip(spots.items(), chosen, strict=True):
-            slots = places[selection.slots[0]]
+            slots = own = places[selection.slots[0]]
+            if step.positions == "renumber":  # then outputs stand in their order, as before it
+                slots = own.sort().values
             for copy in range(b, b + decoding.copies):
-                stays[copy, places] = False
+                # With the last token made of patches those made of none leave too.
+                stays[copy, places if len(slots) else visual[copy].nonzero()[:, 0]] = False
                 stays[copy, slots] = True
                 merged[copy, slots] = selection.apply(hidden[copy, places][None])[0]
-            tokens, number = int(columns.of(decoding.visual)[b].sum()), step.stage.layer or 0
-            kept = tokens - len(places) + len(slots)
-            decoding.left.append(StageReport(number, b // decoding.copies, tokens, kept))
+                decoding.move(copy, columns.index[copy, own], columns.index[copy, slots])
+            number, row = step.stage.layer or 0, b // decoding.copies
+            tokens, kept = int(visual[b].sum()), int((visual & stays)[b].sum())
+            made = selection.mix is not None
+            decoding.left.append(StageReport(number, row, tokens, kept, made))
         if all(selection.is_identity for selection in chosen):
             return hidden, None
         after = columns.keep(stays, decoding.valid, renumber=step.positions == "renumber")

@@ -56,7 +56,8 @@ def wrap(
         model: a supported Hugging Face vision-language model.
         strategy: a name, an instance, or a list of them applied in order.
         keep: visual tokens that stay per image: a count (int) or a share (float in (0, 1]);
-            for a list of strategies one per strategy.
+            for a list of strategies one per strategy. Strategies of the kind ``compute``, from
+            which no token leaves, take none.
         reduce: tokens removed per block; only for ViT merging methods.
         layers: 0-based tower blocks to read instead of the strategy's own; never remapped.
         positions: ``keep`` or ``renumber`` the survivors' position ids; default as the authors,
@@ -89,7 +90,7 @@ def wrap(
         raise ConfigError("Options and layers of several strategies go on their instances.")
     chosen = [_with_layers(build(s, **options), layers) for s in listed]
     facts = _with_text(chosen, facts, text_tower)
-    steps = _steps(chosen, _budgets(keep, len(chosen)), facts, _policy(positions, facts), scope)
+    steps = _steps(chosen, _budgets(keep, chosen), facts, _policy(positions, facts), scope)
     reader = next((step.strategy.name for step in steps if step.stage.reads_text), None)
     if processor is None and reader is not None:
         raise ConfigError(
@@ -125,6 +126,8 @@ def select(
         InputError: a quantity that the strategy reads is missing.
     """
     chosen = _with_layers(build(strategy, **options), layers)
+    if chosen.kind == "compute":
+        raise ConfigError(f"{chosen.name} chooses no tokens; give it to wrap().")
     budget = Budget.of(keep)
     budget.check(signals.n)
     if not chosen.acts_inside:  # there ``layers`` says where to act, not what to read
@@ -177,13 +180,24 @@ def _of_layers(signals: Signals, layers: Sequence[int] | None) -> Signals:
     return replace(signals, values=values)
 
 
-def _budgets(keep: Keep | Sequence[Keep] | None, n: int) -> list[Budget]:
+def _budgets(keep: Keep | Sequence[Keep] | None, chosen: Sequence[Strategy]) -> list[Budget]:
+    """Returns the budget of each strategy; everything where no token leaves."""
+    taking = [strategy.kind != "compute" for strategy in chosen]
+    if not any(taking):
+        if keep is not None:
+            names = " + ".join(strategy.name for strategy in chosen)
+            raise ConfigError(
+                f"keep={keep!r}: {names} lets no token leave. Leave keep out; layers= and its "
+                "options say how much is computed."
+            )
+        return [Budget(fraction=1.0)] * len(chosen)
     if keep is None:
         raise ConfigError("keep is missing; give the tokens that stay per image, e.g. keep=0.25.")
     each: list[Any] = list(keep) if isinstance(keep, (list, tuple)) else [keep]
-    if len(each) != n:
-        raise ConfigError(f"keep={keep!r} gives {len(each)} budgets for {n} strategies.")
-    return [Budget.of(one) for one in each]
+    if len(each) != sum(taking):
+        raise ConfigError(f"keep={keep!r} gives {len(each)} budgets for {sum(taking)} strategies.")
+    budgets = iter([Budget.of(one) for one in each])
+    return [next(budgets) if takes else Budget(fraction=1.0) for takes in taking]
 
 
 def _steps(
@@ -237,8 +251,14 @@ def _steps(
 
 def _check_order(strategy: Strategy, stage: Stage, before: Sequence[Step]) -> None:
     """Raises ConfigError for a stage that comes after one that acts later in the model."""
-    decoding = [step.stage.layer or 0 for step in before if step.stage.site is Site.DECODER]
-    last = max(decoding, default=None)
+    if stage.rule is not None:
+        if any(step.stage.rule and step.stage.layer == stage.layer for step in before):
+            raise ConfigError(
+                f"Two strategies say what layer {stage.layer} computes. Give them distinct layers=."
+            )
+        return
+    inside = [s.stage for s in before if s.stage.site is Site.DECODER and s.stage.rule is None]
+    last = max((other.layer or 0 for other in inside), default=None)
     if last is None or (stage.layer is not None and stage.layer > last):
         return
     where = "before" if stage.layer is None else f"before layer {stage.layer} of"

@@ -13,6 +13,7 @@ from vtprune.engine.blocks import Blocks
 from vtprune.engine.items import Item, join, n_patches, sources
 from vtprune.engine.signals import Images, Step, decide, left_of, refuse_orphans
 from vtprune.engine.tap import Tap
+from vtprune.engine.timing import timed
 from vtprune.engine.tower import Climb
 from vtprune.errors import HookError, UnsupportedError
 from vtprune.types import Budget, Joint, Selection, TowerNeed
@@ -149,6 +150,7 @@ class BlockReducer:
             buffer[b, p + spots[self.chosen[b].slots[0]]] = self.chosen[b].apply(made)[0]
         return buffer
 
+    @timed("score")
     def _look_ahead(self, output: Tensor, args: Any, kwargs: dict[str, Any]) -> None:
         """Reads the block after the features, which will get them reduced, on the whole ones."""
         with self.tap.ahead(self.adapter.attention(self.modality, self.block + 1)):

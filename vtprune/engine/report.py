@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from vtprune.errors import UnsupportedError
+from vtprune.flops import Cost, Shape, equivalent_tokens
 
 
 @dataclass(frozen=True)
@@ -28,13 +32,73 @@ class ImageReport:
 class StageReport:
     """One stage inside the language model on one row of the batch.
 
-    ``tokens`` visual tokens of the row reach ``layer`` (0-based), ``kept`` of them enter it.
+    ``tokens`` visual tokens of the row reach ``layer`` (0-based), ``kept`` of them enter it; if
+    ``merged`` some of those are made of several.
     """
 
     layer: int
     sample: int
     tokens: int
     kept: int
+    merged: bool = False
+
+
+@dataclass(frozen=True)
+class RuleReport:
+    """What visual rows compute inside the language model, and how much that was in the last call.
+
+    Attributes:
+        layers: by rule in words its 0-based layers.
+        published: share of what visual tokens cost in whole layers, by the published formula.
+        realised: share of the multiply-accumulates of all that enters the language model's layers,
+            words and padding too, that were really made there.
+    """
+
+    layers: Mapping[str, tuple[int, ...]]
+    published: float = 1.0
+    realised: float = 1.0
+
+    def lines(self) -> list[str]:
+        """Returns the report in lines."""
+        said = [f"  layers {list(numbers)}: {rule}" for rule, numbers in self.layers.items()]
+        return [
+            *said,
+            f"  visual tokens cost {100 * self.published:.1f} % by the formula; of what enters the "
+            f"layers {100 * self.realised:.1f} % is computed",
+        ]
+
+
+@dataclass(frozen=True)
+class TileReport:
+    """One row of the vision tower, up to the block that yields the features.
+
+    ``attended`` and ``passed`` have the tokens, [CLS] among them, that enter attention and MLP of
+    each block; without a stage they were ``tokens``. ``config`` is the tower's.
+    """
+
+    tokens: int
+    attended: tuple[int, ...]
+    passed: tuple[int, ...]
+    config: Any = field(default=None, repr=False, compare=False)
+
+    def cost(self) -> Cost:
+        """Returns its operations, by the published formulas."""
+        shape = replace(Shape.of(self.config), layers=len(self.attended))
+        whole = [self.tokens] * shape.layers
+        return Cost(shape.prefill(self.attended, self.passed), shape.prefill(whole))
+
+
+@dataclass(frozen=True)
+class CacheReport:
+    """Bytes of keys and values after the prefill, of all layers and rows, beams and padding too.
+
+    ``held`` by the entries of the prompt, which would be ``unpruned`` without a strategy;
+    ``allocated`` are more where a static cache has room left.
+    """
+
+    held: int
+    unpruned: int
+    allocated: int
 
 
 @dataclass(frozen=True)
@@ -42,7 +106,13 @@ class Report:
     """The last call of a wrapped model; no images before the first one.
 
     ``ms`` holds milliseconds per phase when ``Handle.timing`` is on: ``encode`` (tower, projector
-    and selection) and ``language`` (everything after).
+    and selection) and ``language`` (everything after). ``parts`` holds those of what a strategy
+    adds: ``encode.score`` and ``language.score`` (reading signals, deciding, and cutting hidden
+    states), ``encode.compact`` and, between the two, ``compact`` (shortening the prompt).
+
+    ``text`` has per row of the batch the tokens that are no visual ones, ``tiles`` the rows of the
+    tower where they are known, ``cache`` what the cache held after the prefill if there was one of
+    a known kind, and ``config`` describes the language model.
     """
 
     strategy: str
@@ -51,19 +121,91 @@ class Report:
     stages: tuple[StageReport, ...] = ()
     decoder_layers: int = 0
     ms: Mapping[str, float] = field(default_factory=dict)
+    rules: RuleReport | None = None
+    text: tuple[int, ...] = ()
+    tiles: tuple[TileReport, ...] = ()
+    cache: CacheReport | None = None
+    parts: Mapping[str, float] = field(default_factory=dict)
+    config: Any = field(default=None, repr=False, compare=False)
 
     def of_sample(self, sample: int) -> tuple[int, float]:
         """Returns a row's visual tokens, and how many of them enter a decoder layer, on average."""
-        images = [image for image in self.images if image.sample == sample]
-        tokens = sum(image.tokens for image in images)
-        left, total, since = float(sum(image.kept for image in images)), 0.0, 0
+        tokens = sum(image.tokens for image in self.images if image.sample == sample)
+        return tokens, equivalent_tokens(self.entering(sample))
+
+    def entering(self, sample: int) -> tuple[int, ...]:
+        """Returns how many visual tokens of a row enter each layer of the language model."""
+        kept = sum(image.kept for image in self.images if image.sample == sample)
+        counts = [kept] * self.decoder_layers
         for stage in self.stages:
             if stage.sample == sample:
-                total += left * (stage.layer - since)
-                left, since = float(stage.kept), stage.layer
-        if not since:
-            return tokens, left
-        return tokens, (total + left * (self.decoder_layers - since)) / self.decoder_layers
+                counts[stage.layer :] = [stage.kept] * (self.decoder_layers - stage.layer)
+        return tuple(counts)
+
+    def prefill(self, sample: int | None = None, *, text: bool = True) -> Cost:
+        """Returns the operations of the language model on the prompt, by the published formulas.
+
+        Row rules have their realised share, which is that of the whole batch.
+
+        Args:
+            sample: row of the batch; None = all together.
+            text: whether tokens that are no visual ones count, as they do in SparseVLM's figures,
+                but not in those of TransPrune and PyramidDrop.
+
+        Raises:
+            UnsupportedError: it is not known how the model's layers are built.
+        """
+        shape = Shape.of(self.config)
+        total = Cost(0, 0)
+        for entering, whole in self._schedules(sample, text):
+            total += Cost(shape.prefill(entering), shape.prefill(whole))
+        realised = 1 if self.rules is None else self.rules.realised
+        return Cost(total.macs * realised, total.unpruned)
+
+    def decode(self, new: int, sample: int | None = None) -> Cost:
+        """Returns the operations of ``new`` tokens decoded per row; otherwise as ``prefill``."""
+        shape = Shape.of(self.config)
+        total = Cost(0, 0)
+        for entered, whole in self._schedules(sample, True):
+            total += Cost(shape.decode(entered, new), shape.decode(whole, new))
+        return total
+
+    def tower(self) -> Cost:
+        """Returns the operations of the vision tower, up to the block that yields the features.
+
+        Raises:
+            UnsupportedError: it is not known how its blocks are built.
+        """
+        return sum((tile.cost() for tile in self.tiles), Cost(0, 0))
+
+    def _schedules(self, sample: int | None, text: bool) -> list[tuple[list[int], list[int]]]:
+        """Per row the tokens that enter each layer, and those that would without a strategy."""
+        rows = range(len(self.text)) if sample is None else (sample,)
+        schedules = []
+        for row in rows:
+            words = self.text[row] if text else 0
+            tokens = words + self.of_sample(row)[0]
+            entering = [words + n for n in self.entering(row)]
+            schedules.append((entering, [tokens] * self.decoder_layers))
+        return schedules
+
+    def _costs(self) -> list[str]:
+        """What was computed and stored, in lines; none of what is not known."""
+        lines = []
+        for name, cost in (("tower", self.tower), ("prefill", self.prefill)):
+            try:
+                found = cost()
+            except UnsupportedError:
+                continue
+            if found.unpruned:
+                lines.append(
+                    f"  {name}: {found.flops / 1e9:.4g} of {2 * found.unpruned / 1e9:.4g} GFLOPs, "
+                    f"{100 * found.share:.1f} %"
+                )
+        if self.cache is not None:
+            held, unpruned = self.cache.held / 2**20, self.cache.unpruned / 2**20
+            lines.append(f"  cache after the prefill: {held:.4g} of {unpruned:.4g} MiB")
+        return lines
 
     def __str__(self) -> str:
         reads = f", tower blocks {list(self.layers)}" if self.layers else ""
@@ -82,5 +224,8 @@ class Report:
             "visual tokens"
             for stage in self.stages
         ]
-        lines += [f"  {phase}: {ms:.1f} ms" for phase, ms in self.ms.items()]
+        lines += self.rules.lines() if self.rules is not None else []
+        lines += self._costs()
+        times = {**self.ms, **self.parts}
+        lines += [f"  {phase}: {ms:.1f} ms" for phase, ms in sorted(times.items())]
         return "\n".join(lines)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from vtprune.engine.items import join
 from vtprune.engine.signals import Images, Step, decide
+from vtprune.engine.timing import timed
 from vtprune.errors import UnsupportedError
 from vtprune.types import Budget, Mix, Selection
 from vtprune.vlm_adapters._base import Grid
@@ -48,6 +49,7 @@ class Unit:
         return taken[0] if len(taken) == 1 else torch.cat(taken)
 
 
+@timed("score")
 def decide_in_scope(step: Step, images: Images, samples: Sequence[int]) -> list[Selection]:
     """Asks the strategy, scope by scope; returns one selection per image (batch dimension 1).
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from vtprune.engine.timing import timed
 from vtprune.errors import InputError, UnsupportedError
 from vtprune.types import (
     Budget,
@@ -37,6 +38,12 @@ class Step:
     budget: Budget
     positions: Positions
     scope: Scope = "image"
+
+    @property
+    def wanted(self) -> int:
+        """Tokens that were asked for, 0 where it was a share."""
+        times = self.stage.times
+        return (self.budget.tokens or 0) // (1 if callable(times) else times)
 
 
 @dataclass
@@ -75,6 +82,7 @@ class Images:
         )
 
 
+@timed("score")
 def decide(step: Step, images: Images) -> list[Selection]:
     """Asks the strategy for one selection per image (batch dimension 1).
 
@@ -123,6 +131,8 @@ def select_group(strategy: Strategy, signals: Signals, k: int) -> Selection:
     batch, n = signals.tokens.shape[:2]
     if k >= n:
         return Selection.all(batch, n, signals.tokens.device)
+    if k < 1:
+        return _none(strategy, signals)
     selection = strategy.select(signals, k)
     if tuple(selection.rows.shape) != (batch, k) or selection.n != n:
         raise InputError(
@@ -130,6 +140,21 @@ def select_group(strategy: Strategy, signals: Signals, k: int) -> Selection:
             f"asked were {(batch, k)} of {n}."
         )
     return selection
+
+
+def _none(strategy: Strategy, signals: Signals) -> Selection:
+    """Returns the selection of no token.
+
+    Raises:
+        InputError: not inside the language model, the one place where none may be left.
+    """
+    if signals.inside is None or not signals.inside.images:
+        raise InputError(
+            f"{strategy.name} leaves none of {signals.n} tokens. Inside the language model all may "
+            "leave; elsewhere let counts() return at least 1."
+        )
+    rows = torch.zeros(len(signals.tokens), 0, dtype=torch.int64, device=signals.tokens.device)
+    return Selection(rows, signals.n)
 
 
 def survive(images: Images, chosen: Sequence[Selection], later: Collection[TowerNeed]) -> Images:

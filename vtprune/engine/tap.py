@@ -17,12 +17,14 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from vtprune.engine.timing import part
 from vtprune.errors import HookError, UnsupportedError
 from vtprune.kernels.attn_received import attn_received
 from vtprune.kernels.attn_rows import attn_rows
 from vtprune.types import ClsRow, Flow, Keys, Received, TowerNeed, WideClsRow, WideKeys
 
 _reading: ContextVar[Reader | None] = ContextVar("vtprune_tap", default=None)
+_changing: ContextVar[Changer | None] = ContextVar("vtprune_changer", default=None)
 _users: Counter[str] = Counter()
 _previous: dict[str, Callable[..., Any] | None] = {}
 
@@ -48,6 +50,24 @@ class Reader(Protocol):
         v: Tensor | None = None,
     ) -> None:
         """Takes what is wanted of ``module`` from ``q``, ``k``, ``v`` ``[B, H, S, d]``."""
+        ...
+
+
+class Changer(Protocol):
+    """What a ``changing`` block lets stand between the attention calls of its context."""
+
+    def attend(
+        self,
+        forward: Callable[..., Any],
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        mask: Tensor | None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """Returns what ``forward`` would of the rest, changed or not."""
         ...
 
 
@@ -230,6 +250,21 @@ def reading(tap: Reader) -> Iterator[None]:
         _reading.reset(token)
 
 
+def is_reading() -> bool:
+    """Returns whether this context is inside a ``reading`` block."""
+    return _reading.get() is not None
+
+
+@contextmanager
+def changing(changer: Changer) -> Iterator[None]:
+    """Lets ``changer`` stand between the attention calls of this context."""
+    token = _changing.set(changer)
+    try:
+        yield
+    finally:
+        _changing.reset(token)
+
+
 def _refuse_changed(module: nn.Module, kwargs: Mapping[str, Any]) -> None:
     """Raises UnsupportedError for an attention that is more than a softmax of scaled products."""
     changed = [name for name in ("softcap", "s_aux") if kwargs.get(name) is not None]
@@ -258,8 +293,14 @@ def _pass_through(original: Callable[..., Any] | None) -> Callable[..., Any]:
         tap = _reading.get()
         if tap is not None and tap.reads(module):
             _refuse_changed(module, kwargs)
-            tap.read(module, query, key, attention_mask, kwargs.get("scaling"), value)
+            with part("score"):
+                tap.read(module, query, key, attention_mask, kwargs.get("scaling"), value)
         forward = original or sys.modules[type(module).__module__].eager_attention_forward
+        changer = _changing.get()
+        if changer is not None:
+            return changer.attend(
+                forward, module, query, key, value, attention_mask, *args, **kwargs
+            )
         return forward(module, query, key, value, attention_mask, *args, **kwargs)
 
     return attend

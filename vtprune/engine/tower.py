@@ -97,6 +97,15 @@ class Climb:
             chosen.append(Selection(torch.searchsorted(spots, left)[None], len(spots)))
         return chosen
 
+    def way(self, tile: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Returns how many tokens of a tile enter attention and MLP of each block."""
+        before = (self.shape[1],) * self.layers[0]
+        if tile not in self.tiles:
+            none = before + (0,) * (len(self.blocks.modules) - len(before))
+            return none, none
+        on_its_way = self.tiles[tile]
+        return before + tuple(on_its_way.attended), before + tuple(on_its_way.passed)
+
     def features(self) -> Tensor:
         """Returns the output of the last block ``[tiles, prefix + N, C]``, 0 where one had left."""
         p = self.blocks.n_prefix

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +15,7 @@ from transformers import Cache, PreTrainedModel
 
 from vtprune.engine import tap
 from vtprune.engine.compaction import Prompt, compact, rows_of, shorten
+from vtprune.engine.computing import Computing
 from vtprune.engine.decoding import Decoding
 from vtprune.engine.encoder import encode
 from vtprune.engine.generation import (
@@ -26,14 +27,17 @@ from vtprune.engine.generation import (
     shift_lengths,
 )
 from vtprune.engine.inputs import given, has_visuals, valid_tokens, visual
-from vtprune.engine.instance import bound, now, restore
+from vtprune.engine.instance import bound, restore
 from vtprune.engine.instruction import instructions
 from vtprune.engine.items import Item
 from vtprune.engine.layers import Layers
+from vtprune.engine.measure import Measured
 from vtprune.engine.positions import Continuation
-from vtprune.engine.report import ImageReport, Report
+from vtprune.engine.report import Report
 from vtprune.engine.signals import Step
+from vtprune.engine.summary import report_of
 from vtprune.engine.text_tower import TextTower
+from vtprune.engine.timing import Clock, timing
 from vtprune.errors import UnsupportedError
 from vtprune.types import Newlines, Positions, Selection, Site
 from vtprune.vlm_adapters._base import VLMAdapter
@@ -75,7 +79,10 @@ class Handle:
         self.model, self.adapter, self.steps = model, adapter, tuple(steps)
         self.newlines: Newlines = newlines
         self.outside = [s for s in self.steps if s.stage.site is not Site.DECODER]
-        self.inside = [s for s in self.steps if s.stage.site is Site.DECODER]
+        decoding = [s for s in self.steps if s.stage.site is Site.DECODER]
+        self.inside = [s for s in decoding if s.stage.rule is None]
+        rules = {s.stage.layer or 0: s.stage.rule for s in decoding if s.stage.rule is not None}
+        self._computing = Computing(adapter.decoder, rules, self._current)
         self.positions: Positions = self.outside[-1].positions if self.outside else "keep"
         self.timing = False
         self.selections: list[Selection] = []
@@ -84,7 +91,7 @@ class Handle:
         self._items: Sequence[Item] = ()
         self._prompt: Prompt | None = None
         self._decoding: Decoding | None = None
-        self._ms: dict[str, float] = {}
+        self._measured = Measured()
         self._undo = ExitStack()
         with ExitStack() as undo:  # a failure half-way leaves nothing behind
             self._install(undo)
@@ -103,18 +110,13 @@ class Handle:
         _live.discard(self)
 
     def report(self) -> Report:
-        """Returns what the last call kept, per image."""
-        names = " + ".join(dict.fromkeys(repr(step.strategy) for step in self.steps))
-        layers = {need.layer for s in self.steps for need in s.stage.tower_needs}
-        wanted = [(s.budget.tokens or 0) // s.stage.times for s in self.steps]
-        samples = self._prompt.sample if self._prompt is not None else []
-        images = tuple(
-            ImageReport(row, s.n, s.rows.shape[1], max(wanted) > s.n, *item.describe(s))
-            for row, s, item in zip(samples, self.selections, self._items, strict=True)
-        )
-        stages = tuple(self._decoding.left) if self._decoding is not None else ()
-        depth = len(self.adapter.decoder)
-        return Report(names, tuple(sorted(layers)), images, stages, depth, dict(self._ms))
+        """Returns what the last call kept, per image, and what is known of its costs."""
+        return report_of(self)
+
+    @property
+    def acts_inside(self) -> bool:
+        """Whether something happens inside the language model."""
+        return bool(self.inside or self._computing.rules)
 
     @property
     def final(self) -> Tensor | None:
@@ -140,9 +142,11 @@ class Handle:
             undo.callback(tap.uninstall, implementation)
         hook = language_model.register_forward_pre_hook(self._fill_mask, with_kwargs=True)
         undo.callback(hook.remove)
-        if self.inside:
+        undo.callback(language_model.register_forward_hook(self._measure).remove)
+        if self.acts_inside:
             layers = Layers(language_model, self.adapter.decoder, self.inside, self._current)
             layers.install(undo)
+            self._computing.install(undo)
         for name, replacement in (("generate", self._generate), ("forward", self._forward)):
             undo.callback(restore(self.model, name))
             original = getattr(self.model, name)
@@ -158,7 +162,7 @@ class Handle:
         self._forget()
         if not has_visuals(self.adapter, batch):
             return original(**batch)
-        if self.inside:
+        if self.acts_inside:
             refuse_inside(lambda name: self._setting(batch, name))
         with torch.no_grad():
             valid = valid_tokens(batch, self._padding(batch))
@@ -173,7 +177,7 @@ class Handle:
                     prepare: Any = self.model._prepare_position_ids_for_generation
                     known = {k: v for k, v in short.items() if k != "input_ids"}
                     positions = prepare(prompt.ids, {**known, "attention_mask": valid.long()})
-                short = compact(prompt, short, positions, self.positions, self._pad_id(batch))
+                short = self._compact(prompt, short, positions)
                 shift_lengths(short, self.model.generation_config, prompt.length - prompt.short)
                 full = FullPrompt(prompt.ids, prompt.short)
                 full.adapt(short)
@@ -206,7 +210,7 @@ class Handle:
                 "pick rows of the logits through handle.index."
             )
         positions = self.adapter.positions(batch, prompt.ids)
-        short = compact(prompt, short, positions, self.positions, self._pad_id(batch))
+        short = self._compact(prompt, short, positions)
         return self._prefill(original, short, prompt, positions, short["position_ids"])
 
     def _prefill(
@@ -242,16 +246,17 @@ class Handle:
 
     def _run(self, original: Callable[..., Any], batch: dict[str, Any], prompt: Prompt) -> Any:
         gaps = prompt.changed and self.positions == "keep"
-        if self.inside:
+        if self.acts_inside:
             seen = visual(self.adapter, prompt.ids)
             self._decoding = Decoding.of(prompt, seen, self._items)
-        with self._clock("language"):
+        with timing(self._measured.clock, "language"):
             return self._call(original, batch, _Call(self, gaps, self._decoding))
 
     def _call(self, original: Callable[..., Any], batch: dict[str, Any], call: _Call) -> Any:
         token = _running.set(call)
         try:
-            return original(**batch)
+            with tap.changing(self._computing):
+                return original(**batch)
         finally:
             _running.reset(token)
 
@@ -263,19 +268,20 @@ class Handle:
 
     def _forget(self) -> None:
         """Begins a call: the report is of this one, not of the last with images."""
-        self.selections, self._prompt, self.index, self._ms = [], None, None, {}
+        self.selections, self._prompt, self.index = [], None, None
         self._items, self._decoding = (), None
+        self._measured = Measured(Clock(self.model.device) if self.timing else None)
 
     def _encode(self, batch: Mapping[str, Any], valid: Tensor) -> tuple[Any, Prompt]:
         ids = batch["input_ids"]
-        with self._clock("encode"):
+        with timing(self._measured.clock, "encode"):
             reads_text = any(step.stage.reads_text for step in self.outside)
             text = self._text(ids, valid) if reads_text else None
             tower = self._text_tower
             encoded = encode(self.adapter, self.outside, batch, text, self.newlines, tower)
             prompt = shorten(ids, valid, encoded.items, encoded.selections)
         self.selections, self._items = encoded.selections, encoded.items
-        self._prompt, self.index = prompt, prompt.index
+        self._prompt, self.index, self._measured.tiles = prompt, prompt.index, encoded.tiles
         return encoded.outputs, prompt
 
     def _encoded(self, batch: Mapping[str, Any], outputs: Mapping[str, Any]) -> dict[str, Any]:
@@ -294,6 +300,10 @@ class Handle:
             return [texts[row] for row in rows_of(ids, items)]
 
         return per_item
+
+    def _compact(self, prompt: Prompt, batch: dict[str, Any], positions: Tensor) -> dict[str, Any]:
+        with timing(self._measured.clock, "compact"):
+            return compact(prompt, batch, positions, self.positions, self._pad_id(batch))
 
     def _setting(self, batch: Mapping[str, Any], name: str) -> Any:
         config, default = batch.get("generation_config"), self.model.generation_config
@@ -317,14 +327,10 @@ class Handle:
         ones = torch.ones(kwargs["inputs_embeds"].shape[:2], device=kwargs["inputs_embeds"].device)
         return args, {**kwargs, "attention_mask": ones.long()}
 
-    @contextmanager
-    def _clock(self, phase: str) -> Iterator[None]:
-        if not self.timing:
-            yield
-            return
-        began = now(self.model.device)
-        yield
-        self._ms[phase] = 1000 * (now(self.model.device) - began)
+    def _measure(self, module: nn.Module, args: Any, output: Any) -> None:
+        call = _running.get()
+        if call is not None and call.handle is self:
+            self._measured.look(output, self._prompt, self.adapter.language_model.config)
 
 
 def _refuse_overlap(model: nn.Module) -> None:

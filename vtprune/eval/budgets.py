@@ -81,7 +81,8 @@ def check_strategies(names: Sequence[str]) -> tuple[str, ...]:
 def points(strategies: Sequence[str], budgets: Sequence[str]) -> list[Point]:
     """Returns ceiling, floor, and each strategy at each budget below 100 %.
 
-    Keeping everything is the unpruned model, so the ceiling is every strategy's 100 % point.
+    Keeping everything is the unpruned model, so the ceiling is every strategy's 100 % point. One
+    from which no token leaves, but which computes less, has a 100 % point of its own and no other.
 
     Raises:
         ConfigError: an unknown strategy, a bad budget, or none.
@@ -90,8 +91,8 @@ def points(strategies: Sequence[str], budgets: Sequence[str]) -> list[Point]:
         raise ConfigError(f"No budget was given. Give some, such as {','.join(BUDGETS)}.")
     spelled = dict.fromkeys(spell(parse_keep(text)) for text in budgets)
     below = [text for text in spelled if text != "100%"]
-    return [
-        CEILING,
-        FLOOR,
-        *(Point(name, budget) for name in check_strategies(strategies) for budget in below),
-    ]
+    found = [CEILING, FLOOR]
+    for name in check_strategies(strategies):
+        computes = strategy_class(name).kind == "compute"
+        found += [Point(name, budget) for budget in (["100%"] if computes else below)]
+    return found

@@ -17,7 +17,8 @@ from transformers.utils import logging
 from typer.core import TyperGroup
 
 from vtprune import __version__
-from vtprune.errors import VTPruneError
+from vtprune.errors import ConfigError, VTPruneError
+from vtprune.eval import calibrate as calibrating
 from vtprune.eval import compare as comparing
 from vtprune.eval import doctor as checking
 from vtprune.eval import samples, shipped
@@ -148,7 +149,8 @@ def show(
     model: Model = shipped.DEFAULT,
 ) -> None:
     """Answer a question about one image, and draw the patches that were kept."""
-    strategy_class(strategy)
+    if strategy_class(strategy).kind == "compute":
+        raise ConfigError(f"{strategy} keeps all visual tokens, so there is nothing to draw.")
     budget = parse_keep(keep)
     picture, asked = showing.what_to_show(image, scene, question)
     shown = showing.show(picture, asked, strategy, budget, out, model)
@@ -173,6 +175,40 @@ def compare(
     file = folder / f"against-{to}.md"
     write_whole(file, comparing.markdown(found, to))
     typer.echo(f"File: {file}")
+
+
+@app.command()
+def calibrate(
+    strategy: Annotated[str, typer.Argument(help="shortv: the order of its layers.")],
+    model: Model = shipped.DEFAULT,
+    task: Annotated[str, typer.Option(help="One name; see list.")] = samples.DEFAULT,
+    limit: Annotated[int, typer.Option(min=1, help="Samples.")] = 40,
+    batch_size: Annotated[int, typer.Option(min=1, help="Samples per batch.")] = 8,
+    out: Annotated[Path, typer.Option(help="File to write, .json.")] = Path("shortv.json"),
+    device: Annotated[str, typer.Option(help="As torch names it.")] = "cpu",
+    dtype: Annotated[str, typer.Option(help=f"One of {', '.join(shipped.DTYPES)}.")] = "float32",
+) -> None:
+    """Measure which layers of a model do least to visual tokens, and write their order."""
+    if strategy != "shortv":
+        strategy_class(strategy)
+        raise ConfigError(f"{strategy} has no layers to measure; only 'shortv' does.")
+    console = Console(highlight=False, soft_wrap=True)
+    with progress_bar(console) as progress:
+        bar = progress.add_task("layers", total=None)
+        found = calibrating.calibrate_shortv(
+            model,
+            out,
+            task=task,
+            limit=limit,
+            batch_size=batch_size,
+            device=device,
+            dtype=dtype,
+            advance=lambda n: progress.advance(bar, n),
+        )
+    console.print("layer  contribution, nats (the first is replaced first)")
+    for layer, made in found:
+        console.print(f"{layer:>5}  {made:.3g}")
+    console.print(f"File: {escape(str(out))}; wrap(model, 'shortv', layers=...) takes the first.")
 
 
 @app.command("list")

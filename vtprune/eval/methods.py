@@ -60,16 +60,23 @@ def row(name: str) -> tuple[str, ...]:
         text.partition("\n")[0],
         _cell(strategy, _sites),
         _cell(strategy, _needs),
-        "merged" if merges(name) else "pruned",
+        _tokens(name),
         strategy.positions,
         f"[{paper[1]}](https://arxiv.org/abs/{paper[1]})" if paper else "baseline",
         _defaults(name),
     )
 
 
-def _rank(name: str) -> tuple[bool, int, str]:
-    first = build(name).plan(LLAVA)[0].site
-    return _PAPER.search(_text(name)) is not None, list(SITES).index(first), name
+def _tokens(name: str) -> str:
+    """Returns what becomes of tokens."""
+    if strategy_class(name).kind == "compute":
+        return "all stay"
+    return "merged" if merges(name) else "pruned"
+
+
+def _rank(name: str) -> tuple[bool, int, bool, str]:
+    first, computes = build(name).plan(LLAVA)[0].site, strategy_class(name).kind == "compute"
+    return _PAPER.search(_text(name)) is not None, list(SITES).index(first), computes, name
 
 
 def _text(name: str) -> str:
@@ -132,7 +139,8 @@ def merges(name: str) -> bool:
     (model, processor), inputs = _tiny()
     with wrap(model, name, keep=0.5, processor=processor) as handle:
         model(**inputs)
-        return any(selection.mix is not None for selection in handle.selections)
+        inside = any(stage.merged for stage in handle.report().stages)
+        return inside or any(selection.mix is not None for selection in handle.selections)
 
 
 @cache

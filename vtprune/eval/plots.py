@@ -1,13 +1,14 @@
-"""The curve of a sweep: accuracy against visual tokens."""
+"""The curves of a sweep: accuracy against visual tokens, and against the prefill's FLOPs."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, Locator, LogLocator, NullLocator
 
 from vtprune.eval.budgets import BLIND, UNPRUNED
 from vtprune.eval.stats import Summary
@@ -18,20 +19,60 @@ COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#00
 MARKERS = "osD^vPX"
 
 
+@dataclass(frozen=True)
+class Scale:
+    """An axis: what it says, what of a point it shows, where its ticks are."""
+
+    label: str
+    value: Callable[[Summary], float]
+    ticks: Locator
+
+
+TOKENS = Scale(
+    "visual tokens that enter a layer of the language model",
+    lambda s: s.kept,
+    LogLocator(base=2, numticks=20),
+)
+PREFILL = Scale(
+    "FLOPs of the language model's prefill, % of unpruned",
+    lambda s: 100 * (s.flops or 0),
+    FixedLocator([1, 2, 3, 5, 7, 10, 15, 20, 30, 50, 70, 100]),
+)
+
+
 def plot(summaries: Sequence[Summary], path: Path, title: str) -> None:
-    """Writes the figure to ``path``: one line per strategy, 95 % intervals, ceiling and floor."""
-    figure = Figure(figsize=(8, 5), dpi=150, layout="constrained")
-    axes = figure.subplots()
+    """Writes the figure to ``path``: one line per strategy, 95 % intervals, ceiling and floor.
+
+    Accuracy against tokens, and, where they are known, against FLOPs beside it.
+    """
+    scales = [TOKENS] if any(s.flops is None for s in summaries) else [TOKENS, PREFILL]
+    figure = Figure(figsize=(3 + 5 * len(scales), 5), dpi=150, layout="constrained")
+    every = figure.subplots(1, len(scales), sharey=True, squeeze=False)[0]
+    for axes, scale in zip(every, scales, strict=True):
+        _panel(axes, summaries, scale)
+    every[0].set_ylim(0, 102)
+    every[0].set_ylabel("right answers, % (bars: 95 % interval)")
+    every[-1].legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
+    figure.suptitle(title, parse_math=False)
+    figure.savefig(path)
+
+
+def _panel(axes: Axes, summaries: Sequence[Summary], scale: Scale) -> None:
     whole = [s for s in summaries if s.strategy == UNPRUNED]
     names = dict.fromkeys(s.strategy for s in summaries if s.strategy not in (UNPRUNED, BLIND))
     styles = _styles(list(names))
     for i, name in enumerate(names):
-        line = [s for s in summaries if s.strategy == name] + whole
-        _line(axes, name, sorted(line, key=lambda s: s.kept), styles[name], i - len(names) / 2)
+        line = sorted([s for s in summaries if s.strategy == name] + whole, key=scale.value)
+        x = [scale.value(s) * 1.012 ** (i - len(names) / 2) for s in line]
+        _line(axes, name, x, line, styles[name])
     _level(axes, whole, "unpruned", "black")
     _level(axes, [s for s in summaries if s.strategy == BLIND], "blind (no image)", "firebrick")
-    _axes(axes, title)
-    figure.savefig(path)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_locator(scale.ticks)
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
+    axes.set_xlabel(scale.label)
+    axes.grid(alpha=0.25)
 
 
 def _styles(names: Sequence[str]) -> dict[str, dict[str, object]]:
@@ -46,10 +87,13 @@ def _styles(names: Sequence[str]) -> dict[str, dict[str, object]]:
 
 
 def _line(
-    axes: Axes, name: str, points: Sequence[Summary], style: dict[str, object], shift: float
+    axes: Axes,
+    name: str,
+    x: Sequence[float],
+    points: Sequence[Summary],
+    style: dict[str, object],
 ) -> None:
-    """Draws one strategy; points move sideways a little so that intervals do not overlap."""
-    x = [s.kept * 1.012**shift for s in points]
+    """Draws one strategy; its points were moved sideways a little so that bars do not overlap."""
     y = [100 * s.accuracy.value for s in points]
     below = [100 * (s.accuracy.value - s.accuracy.low) for s in points]
     above = [100 * (s.accuracy.high - s.accuracy.value) for s in points]
@@ -63,16 +107,3 @@ def _level(axes: Axes, summaries: Sequence[Summary], name: str, color: str) -> N
         axes.axhline(value, color=color, linewidth=1, label=f"{name}: {value:.0f} %")
         low, high = 100 * summary.accuracy.low, 100 * summary.accuracy.high
         axes.axhspan(low, high, color=color, alpha=0.07, linewidth=0)
-
-
-def _axes(axes: Axes, title: str) -> None:
-    axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_locator(LogLocator(base=2, numticks=20))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.set_ylim(0, 102)
-    axes.set_xlabel("visual tokens that enter a layer of the language model")
-    axes.set_ylabel("right answers, % (bars: 95 % interval)")
-    axes.set_title(title, parse_math=False)
-    axes.grid(alpha=0.25)
-    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections import defaultdict
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -14,10 +14,12 @@ from vtprune.errors import ConfigError
 from vtprune.eval.budgets import Point
 from vtprune.eval.rows import Answer, JsonLines, Timing
 
+COLUMNS = ", ".join(field.name for field in fields(Answer))
+
 
 @dataclass(frozen=True)
 class Settings:
-    """What must be equal for two runs to share a folder."""
+    """What must be equal for two runs to share a folder, ``columns`` of the answers too."""
 
     model: str
     fingerprint: str
@@ -29,6 +31,7 @@ class Settings:
     max_new_tokens: int
     device: str
     versions: str
+    columns: str = COLUMNS
 
 
 class Folder:
@@ -101,9 +104,10 @@ class Folder:
             write_whole(file, json.dumps(wanted, indent=2) + "\n")
             return
         found = _read_settings(file)
-        if found.keys() != wanted.keys():
+        if found.keys() != wanted.keys() or found["columns"] != wanted["columns"]:
             raise ConfigError(
-                f"{self.path} was written by another version of vtprune. Choose another --out."
+                f"{self.path} was written by another version of vtprune, whose answers do not have "
+                f"what this one's have ({COLUMNS}). Choose another --out."
             )
         names = [name for name in wanted if found[name] != wanted[name]]
         if names:

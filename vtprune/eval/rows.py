@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Generic, TypeVar, get_type_hints
+from typing import Generic, TypeVar, get_args, get_type_hints
 
 from vtprune.errors import ConfigError
 from vtprune.eval.budgets import Point
@@ -19,7 +19,9 @@ R = TypeVar("R", "Answer", "Timing")
 class Answer:
     """One sample at one point: ``tokens`` visual tokens, of which ``kept`` enter a decoder layer.
 
-    ``kept`` is a mean over layers where tokens leave inside the language model.
+    ``kept`` is a mean over layers where tokens leave inside the language model. ``flops`` is the
+    share of the unpruned prefill that its layers compute, by the published formulas, words and all,
+    0 to 1; None where it is not known how they are built.
     """
 
     task: str
@@ -33,6 +35,7 @@ class Answer:
     right: bool
     tokens: int
     kept: float
+    flops: float | None = None
 
     @property
     def point(self) -> Point:
@@ -75,8 +78,9 @@ def _parse(line: bytes, kind: type[R]) -> R | None:
         row = kind(**json.loads(line))
     except (ValueError, TypeError):
         return None
-    types = get_type_hints(kind)
-    return row if all(type(getattr(row, name)) is types[name] for name in types) else None
+    types = get_type_hints(kind).items()
+    fits = (type(getattr(row, name)) in (get_args(hint) or (hint,)) for name, hint in types)
+    return row if all(fits) else None
 
 
 class JsonLines(Generic[R]):

@@ -25,7 +25,10 @@ class Interval:
 
 @dataclass(frozen=True)
 class Summary:
-    """One point: shares in 0 to 1, mean visual tokens kept, milliseconds (None = not timed)."""
+    """One point: shares in 0 to 1, mean visual tokens kept, milliseconds (None = not timed).
+
+    ``flops`` is the mean share of the unpruned prefill (None = not known).
+    """
 
     strategy: str
     budget: str
@@ -33,6 +36,7 @@ class Summary:
     accuracy: Interval
     difference: Interval | None
     kept: float
+    flops: float | None
     ms: float | None
     kinds: dict[str, float]
 
@@ -87,9 +91,15 @@ def _summary(
         accuracy(sum(row.right for row in rows.values()), len(rows)),
         difference,
         statistics.fmean(row.kept for row in rows.values()),
+        _mean([row.flops for row in rows.values()]),
         statistics.median(times) if times else None,
         _per_kind(list(rows.values())),
     )
+
+
+def _mean(shares: Sequence[float | None]) -> float | None:
+    known = [share for share in shares if share is not None]
+    return statistics.fmean(known) if len(known) == len(shares) else None
 
 
 def _per_kind(rows: Sequence[Answer]) -> dict[str, float]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from importlib.metadata import version
 from typing import Any
 
@@ -19,12 +19,13 @@ from transformers import PreTrainedModel
 import vtprune
 from vtprune.engine.plan import wrap
 from vtprune.engine.wrap import Handle
-from vtprune.errors import VTPruneError
+from vtprune.errors import UnsupportedError, VTPruneError
 from vtprune.eval.budgets import CEILING, FLOOR, Point, parse_keep, split
 from vtprune.eval.results import Folder, Settings
 from vtprune.eval.rows import Answer, Timing
 from vtprune.eval.samples import MAX_NEW_TOKENS, Asker, Sample, find_tasks
 from vtprune.eval.shipped import fingerprint
+from vtprune.flops import Cost, Shape
 from vtprune.registry import build, strategy_class
 from vtprune.types import Strategy
 
@@ -132,22 +133,36 @@ class Sweep:
         """Returns the answers of one point, and the milliseconds that ``generate`` took."""
         if point == FLOOR:
             words, ms = self._generate(batch.blind)
-            counts = [(0, 0.0)] * len(words)
+            counts = [(0, 0.0, share) for share in self._blind_shares(batch)]
         elif point == CEILING:
             words, ms = self._generate(batch.seeing)
             placeholder = self.model.config.image_token_id
             tokens = (batch.seeing["input_ids"] == placeholder).sum(dim=1).tolist()
-            counts = [(n, float(n)) for n in tokens]
+            counts = [(n, float(n), 1.0) for n in tokens]
         else:
             with self._wrap(point, batch.samples[0].index) as handle:
                 words, ms = self._generate(batch.seeing)
                 report = handle.report()
-                counts = [report.of_sample(row) for row in range(len(words))]
+            counts = [
+                (*report.of_sample(row), _share(partial(report.prefill, row)))
+                for row in range(len(words))
+            ]
         rows = [
             _answer(sample, point, word, *count)
             for sample, word, count in zip(batch.samples, words, counts, strict=True)
         ]
         return rows, ms
+
+    def _blind_shares(self, batch: Batch) -> list[float | None]:
+        """What the prompts without the images cost of those with them."""
+        masks = (inputs["attention_mask"].sum(1).tolist() for inputs in (batch.blind, batch.seeing))
+
+        def cost(words: int, tokens: int) -> Cost:
+            shape = Shape.of(self.model.config.get_text_config())
+            blind, seeing = (shape.prefill([n] * shape.layers) for n in (words, tokens))
+            return Cost(blind, seeing)
+
+        return [_share(partial(cost, *lengths)) for lengths in zip(*masks, strict=True)]
 
     def _generate(self, inputs: dict[str, Tensor]) -> tuple[list[str], float]:
         began = time.perf_counter()
@@ -156,7 +171,7 @@ class Sweep:
 
     def _wrap(self, point: Point, first: int) -> Handle:
         strategy = seeded(point.strategy, self.settings.seed, first)
-        keep = parse_keep(point.budget)
+        keep = None if strategy.kind == "compute" else parse_keep(point.budget)
         return wrap(self.model, strategy, keep=keep, processor=self.ask.processor)
 
 
@@ -204,7 +219,16 @@ def settings_of(
     )
 
 
-def _answer(sample: Sample, point: Point, word: str, tokens: int, kept: float) -> Answer:
+def _share(cost: Callable[[], Cost]) -> float | None:
+    try:
+        return round(cost().share, 5)
+    except UnsupportedError:
+        return None
+
+
+def _answer(
+    sample: Sample, point: Point, word: str, tokens: int, kept: float, flops: float | None
+) -> Answer:
     return Answer(
         sample.task,
         sample.index,
@@ -217,4 +241,5 @@ def _answer(sample: Sample, point: Point, word: str, tokens: int, kept: float) -
         word == sample.expected,
         tokens,
         round(kept, 2),
+        flops,
     )

@@ -11,12 +11,14 @@ from rich.text import Text
 from vtprune.eval.budgets import BLIND, UNPRUNED
 from vtprune.eval.stats import Interval, Summary
 
+FLOPS = "FLOPs, %"  # not on the terminal, where 80 columns are full
 COLUMNS = (
     "strategy",
     "budget",
     "accuracy, %\n[95 %]",
     "vs unpruned,\npoints [95 %]",
     "tokens\nkept",
+    FLOPS,
     "ms per\nsample",
     "n",
 )
@@ -24,6 +26,10 @@ CAPTION = (
     "unpruned is every strategy's 100 % point; blind is asked without the image. Accuracy: Wilson "
     "interval; difference: same samples, normal approximation (Bonett and Price). "
     "ms: median over batches of one whole generate call, divided by the batch size."
+)
+NOTE = (
+    "FLOPs: those of the language model's prefill, words too, by the published formulas, in % of "
+    "unpruned."
 )
 
 
@@ -36,6 +42,7 @@ def cells(summary: Summary) -> tuple[str, ...]:
         points_text(summary.accuracy, ""),
         "" if difference is None else points_text(difference, "+"),
         f"{summary.kept:.4g}",
+        "" if summary.flops is None else f"{100 * summary.flops:.1f}",
         "" if summary.ms is None else f"{summary.ms:.1f}",
         str(summary.n),
     )
@@ -46,13 +53,15 @@ def rich_table(summaries: Sequence[Summary], title: str) -> Table:
     table = Table(
         title=Text(title), caption=CAPTION, caption_justify="left", box=box.SIMPLE, padding=0
     )
-    for i, name in enumerate(COLUMNS):
-        table.add_column(name, justify="left" if i == 0 else "right", no_wrap=True)
+    narrow = [i for i, name in enumerate(COLUMNS) if name != FLOPS]
+    for i in narrow:
+        table.add_column(COLUMNS[i], justify="left" if i == 0 else "right", no_wrap=True)
     for i, summary in enumerate(summaries):
         following = summaries[i + 1 : i + 2]
         ends = bool(following) and following[0].strategy != summary.strategy
         style = "bold" if summary.strategy in (UNPRUNED, BLIND) else None
-        table.add_row(*cells(summary), end_section=ends, style=style)
+        texts = cells(summary)
+        table.add_row(*(texts[i] for i in narrow), end_section=ends, style=style)
     return table
 
 
@@ -63,7 +72,7 @@ def markdown(summaries: Sequence[Summary], title: str) -> str:
         "|---|" + "---:|" * (len(COLUMNS) - 1),
         *("| " + " | ".join(cells(summary)) + " |" for summary in summaries),
     ]
-    return f"{title}\n\n" + "\n".join(lines) + f"\n\n{CAPTION}\n"
+    return f"{title}\n\n" + "\n".join(lines) + f"\n\n{CAPTION} {NOTE}\n"
 
 
 def points_text(interval: Interval, sign: str) -> str:

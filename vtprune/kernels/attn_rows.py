@@ -9,16 +9,22 @@ from vtprune.kernels._common import MIB
 
 
 def attn_rows(
-    q: Tensor, k: Tensor, *, scale: float | None = None, chunk_bytes: int = 256 * MIB
+    q: Tensor,
+    k: Tensor,
+    *,
+    scale: float | None = None,
+    seen: Tensor | None = None,
+    chunk_bytes: int = 256 * MIB,
 ) -> Tensor:
     """Returns the attention of the given queries to each key, mean over heads and queries.
 
-    The softmax runs in float32 over all keys. Not differentiable.
+    The softmax runs in float32 over all keys, or over those ``seen``. Not differentiable.
 
     Args:
         q: ``[B, H, M, d]`` the query rows, such as the CLS row alone.
         k: ``[B, Hkv, N, d]`` all keys; H a multiple of Hkv (grouped heads are not repeated).
         scale: factor of the logits; None = ``d ** -0.5``.
+        seen: ``[M, N]`` bool, the keys that each query sees, at least one; None = all.
         chunk_bytes: most bytes of probabilities held at a time.
 
     Returns:
@@ -27,4 +33,4 @@ def attn_rows(
     Raises:
         InputError: shapes that do not fit together.
     """
-    return mean_probability(q, k, scale, chunk_bytes, "attn_rows")
+    return mean_probability(q, k, scale, chunk_bytes, "attn_rows", seen)

@@ -8,6 +8,8 @@ from torch.nn.functional import normalize
 
 from vtprune.kernels._common import full_precision
 
+ONE = 1.0 - 8 * torch.finfo(torch.float32).eps  # what rounding leaves of a cosine of 1
+
 
 def outside(index: Tensor, n: int) -> Tensor:
     """Returns the positions of ``0..n-1`` that are not in ``index``, ascending.
@@ -35,6 +37,7 @@ def nearest(tokens: Tensor, anchors: Tensor) -> Tensor:
     if not anchors.shape[1]:
         return torch.zeros(tokens.shape[:2], dtype=torch.int64, device=tokens.device)
     cosine = normalize(tokens.float(), dim=-1) @ normalize(anchors.float(), dim=-1).mT
+    cosine = cosine.masked_fill(cosine > ONE, 1.0)
     best = cosine == cosine.max(-1, keepdim=True).values
     return best.to(torch.uint8).argmax(-1)
 
@@ -69,8 +72,7 @@ def centers_from(pivot: Tensor, tokens: Tensor, k: int) -> Tensor:
     with full_precision(x):
         while len(picks) < k:
             cosine = (x @ x[rows, picks[-1], :, None]).squeeze(-1)
-            same = cosine > 1.0 - 8 * torch.finfo(x.dtype).eps  # what rounding leaves of 1 is 1
-            near = torch.maximum(near, cosine.masked_fill(same, 1.0))
+            near = torch.maximum(near, cosine.masked_fill(cosine > ONE, 1.0))
             near[rows, picks[-1]] = torch.inf
             lowest = near == near.amin(1, keepdim=True)  # argmin promises no order of ties
             picks.append(torch.where(lowest, order, len(order)).amin(1))

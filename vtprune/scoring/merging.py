@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 
 from vtprune.kernels._common import full_precision
+from vtprune.kernels.gather_tokens import gather_tokens
 from vtprune.kernels.topk_sorted import ranked, topk_sorted
-from vtprune.scoring.diversity import outside, unit
+from vtprune.scoring.diversity import nearest, outside, unit
+from vtprune.scoring.matching import averaged
 from vtprune.selection import Mix, Selection
 
 
@@ -72,3 +74,17 @@ def absorb(kept: Tensor, keys: Tensor, weight: Tensor, n_neighbours: int) -> Sel
             torch.cat([torch.ones_like(kept, dtype=share.dtype), share], dim=1),
         ),
     )
+
+
+def into_nearest(kept: Tensor, tokens: Tensor) -> Selection:
+    """Makes each kept token the mean of itself and of those that leave and resemble it most.
+
+    Args:
+        kept: ``[B, K]`` int64, in the order of the outputs; K from 1 to N.
+        tokens: ``[B, N, D]``, which the cosine compares.
+    """
+    others = outside(kept, tokens.shape[1])
+    owner = nearest(*gather_tokens(others, tokens), *gather_tokens(kept, tokens))
+    into = kept.new_zeros(tokens.shape[:2]).scatter(1, others, owner)
+    into.scatter_(1, kept, torch.arange(kept.shape[1], device=kept.device).expand_as(kept))
+    return averaged(kept, into, torch.ones(into.shape, device=into.device))

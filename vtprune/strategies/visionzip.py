@@ -14,19 +14,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-from torch import Tensor
-
 from vtprune.errors import ConfigError
-from vtprune.kernels.gather_tokens import gather_tokens
-from vtprune.kernels.topk_sorted import topk_sorted
 from vtprune.scoring.attention import salience, salience_needs
-from vtprune.scoring.diversity import nearest, outside
+from vtprune.scoring.contextual import merge_rest
 from vtprune.types import (
     ClsRow,
     Facts,
     Keys,
-    Mix,
     Need,
     Scope,
     Selection,
@@ -69,31 +63,5 @@ class VisionZip(Strategy):
             raise ConfigError(
                 f"contextual={n_merged} leaves no room for dominant tokens in keep={k}."
             )
-        n_merged = min(n_merged, signals.n - n_top)
-        top = topk_sorted(salience(signals), n_top)  # [B, n_top]
-        rest = outside(top, signals.n)  # [B, M]
-        step = max(1, rest.shape[1] // max(1, n_merged))
-        is_target = torch.zeros(rest.shape[1], dtype=torch.bool, device=rest.device)
-        is_target[::step][:n_merged] = True
-        targets, others = rest[:, is_target], rest[:, ~is_target]
         (keys,) = signals.stack(Keys)
-        owner = nearest(*gather_tokens(others, keys), *gather_tokens(targets, keys))
-        return _selection(signals.n, has_cls, top, targets, others, owner)
-
-
-def _selection(
-    n: int, has_cls: bool, top: Tensor, targets: Tensor, others: Tensor, owner: Tensor
-) -> Selection:
-    """Puts [CLS] (source n), dominant and merged tokens together; ``owner`` ``[B, M - T]``."""
-    new = top.new_full((len(top), int(has_cls)), -1)
-    rows = torch.cat([new, top, targets], dim=1)
-    if not targets.shape[1]:
-        others, owner = others[:, :0], owner[:, :0]
-    first = rows.shape[1] - targets.shape[1]
-    count = torch.zeros_like(targets).scatter_add_(1, owner, torch.ones_like(owner))
-    share = 1.0 / count.clamp(min=1).float().gather(1, owner)
-    source = torch.cat([torch.where(rows < 0, n, rows), others], dim=1)
-    itself = torch.arange(rows.shape[1], device=rows.device).expand_as(rows)
-    target = torch.cat([itself, first + owner], dim=1)
-    weight = torch.cat([torch.ones_like(rows, dtype=share.dtype), share], dim=1)
-    return Selection(rows, n, Mix(source, target, weight))
+        return merge_rest(salience(signals), keys, n_top, n_merged, has_cls=has_cls)

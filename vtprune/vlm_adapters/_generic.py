@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from vtprune.errors import UnsupportedError
-from vtprune.types import Facts, InstructionText, KeyNorm, LastFlow, LastRow, Normed
+from vtprune.needs import INSIDE
+from vtprune.types import Facts, InstructionText
 from vtprune.vlm_adapters._base import Batch, Grid, Modality, VLMAdapter
 
 _QUERIES = (
@@ -46,7 +47,7 @@ class Generic(VLMAdapter):
             vision_layers=0,
             feature_block=0,
             has_cls=False,
-            signals=frozenset({InstructionText, LastRow, LastFlow, KeyNorm, Normed}),
+            signals=frozenset({InstructionText, *INSIDE}),
             decoder_layers=text.num_hidden_layers if hasattr(self.language_model, "layers") else 0,
             in_tower=False,
             mrope=hasattr(self.base, "compute_3d_position_ids"),

@@ -1,0 +1,79 @@
+"""What strategies promise from which no token leaves; what they compute is in engine/."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+import vtprune
+from tests.contracts.bank import TOWERS, make_signals
+from vtprune.errors import ConfigError, UnsupportedError
+from vtprune.registry import build, keeping_names, strategy_names
+from vtprune.types import RowRule, Site
+
+NAMES = [name for name in strategy_names() if name not in keeping_names()]
+DEPTHS = (1, 2, 4, 12, 28, 32, 40, 64)
+each = pytest.mark.parametrize("name", NAMES)
+
+
+def facts_of(depth: int):
+    return dataclasses.replace(TOWERS["with CLS"], decoder_layers=depth)
+
+
+def test_the_bank_is_not_empty() -> None:
+    assert {"eemllm", "naavit", "shortv", "yopo"} <= set(NAMES)
+
+
+@each
+@pytest.mark.parametrize("depth", DEPTHS)
+def test_a_plan_is_a_rule_for_each_of_some_layers(name: str, depth: int) -> None:
+    facts = facts_of(depth)
+    stages = build(name).plan(facts)
+    layers = [stage.layer or 0 for stage in stages]
+    assert stages == build(name).plan(facts)
+    assert layers == sorted(set(layers))
+    assert set(layers) <= set(range(depth))
+    for stage in stages:
+        assert stage.site is Site.DECODER
+        assert isinstance(stage.rule, RowRule)
+        assert not stage.needs
+
+
+@each
+def test_something_is_saved_by_the_formula(name: str) -> None:
+    shape = {"tokens": 576, "width": 4096, "ffn": 11008}
+    rules = [stage.rule for stage in build(name).plan(facts_of(32))]
+    costs = [rule.macs(**shape, heads=32) for rule in rules if rule is not None]
+    assert all(0 < cost <= RowRule().macs(**shape) for cost in costs)
+    assert sum(costs) < len(costs) * RowRule().macs(**shape)
+
+
+@each
+def test_layers_are_used_as_given(name: str) -> None:
+    facts = facts_of(12)
+    stages = build(name, layers=(7, 0)).plan(facts)
+    assert [stage.layer for stage in stages] == [0, 7]
+    for wrong in ((12,), (-1,), (3, 3), ()):
+        with pytest.raises(ConfigError, match="decoder layers 0 to 11 to act in"):
+            build(name, layers=wrong).plan(facts)
+
+
+@each
+def test_where_no_layer_is_known_it_is_refused(name: str) -> None:
+    with pytest.raises(UnsupportedError, match=f"{name} acts inside the language model"):
+        build(name).plan(facts_of(0))
+
+
+@each
+def test_it_chooses_no_tokens(name: str) -> None:
+    signals = make_signals(build("random"), TOWERS["with CLS"], 2, 9)
+    with pytest.raises(ConfigError, match=f"{name} chooses no tokens; give it to wrap"):
+        vtprune.select(name, keep=3, signals=signals)
+
+
+@each
+def test_tokens_keep_their_positions_and_samples_are_whole(name: str) -> None:
+    strategy = build(name)
+    assert (strategy.kind, strategy.positions, strategy.scope) == ("compute", "keep", "sample")
+    assert strategy.acts_inside

@@ -1,0 +1,177 @@
+"""Row rules on every family: leaving out equals computing and throwing away."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import vtprune
+from tests.engine.test_generation import OLD
+from tests.families import strangers
+from tests.families.oracles import gather_is_mask, inputs_of, keeps_all, model_of, plain
+from tests.families.test_strategies import FAMILIES
+from tests.probes import generate
+from vtprune.engine.places import near, places
+from vtprune.engine.plan import find_adapter
+from vtprune.registry import build, keeping_names, strategy_names
+from vtprune.types import RowRule, Strategy
+
+# Windows go by places, which have a test of their own.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "yopo": {"window": None, "layercut": 1},
+    "yopo renorm": {"window": None, "layercut": 3, "renorm": True},
+    "naavit frozen": {"mlp": False, "layers": (1,)},
+    "eemllm ffn": {"visual_rows": "ffn"},
+}
+VARIANTS = [name for name in strategy_names() if name not in keeping_names()]
+VARIANTS += [name for name in OPTIONS if name not in VARIANTS]
+
+
+def visual_of(model: Any, inputs: dict[str, Tensor], length: int) -> Tensor:
+    """The visual tokens of the prompts, and none after them, ``[B, length]``."""
+    ids = inputs["input_ids"]
+    marks = torch.zeros(len(ids), length, dtype=torch.bool)
+    for modality in find_adapter(model).modalities:
+        marks[:, : ids.shape[1]] |= ids == modality.placeholder
+    return marks
+
+
+def muted(model: Any, inputs: dict[str, Tensor]) -> Any:
+    """A hook that makes what a module gives visual rows 0."""
+
+    def after(module: Any, args: Any, output: Any) -> Any:
+        made, *more = output if isinstance(output, tuple) else (output,)
+        made = made.masked_fill(visual_of(model, inputs, made.shape[1])[:, :, None], 0.0)
+        return (made, *more) if more else made
+
+    return after
+
+
+def alone(model: Any, inputs: dict[str, Tensor]) -> Any:
+    """A hook that lets visual rows see themselves alone."""
+
+    def before(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        mask = kwargs["attention_mask"]
+        n = mask.shape[-1]
+        others = visual_of(model, inputs, n)[:, None, :, None] & ~torch.eye(n, dtype=torch.bool)
+        hidden = torch.finfo(mask.dtype).min
+        mask = mask.expand(len(others), -1, -1, -1).masked_fill(others, hidden)
+        return args, {**kwargs, "attention_mask": mask}
+
+    return before
+
+
+@contextmanager
+def by(rules: dict[int, RowRule], model: Any, inputs: dict[str, Tensor]) -> Iterator[None]:
+    """Lets ``model`` compute everything for visual rows and throw away what the rules say."""
+    layers, zero = find_adapter(model).decoder, muted(model, inputs)
+    with ExitStack() as undo:
+        for number, rule in rules.items():
+            layer: Any = layers[number]
+            attention = layer.self_attn
+            if rule.attend == "none":
+                undo.callback(attention.register_forward_hook(zero).remove)
+            if rule.attend == "self":
+                hook = layer.register_forward_pre_hook(alone(model, inputs), with_kwargs=True)
+                undo.callback(hook.remove)
+            if not rule.mlp:
+                undo.callback(layer.mlp.register_forward_hook(zero).remove)
+            if not rule.read:
+                undo.callback(attention.v_proj.register_forward_hook(zero).remove)
+        yield
+
+
+def given(variant: str) -> Strategy:
+    return build(variant.partition(" ")[0], **OPTIONS.get(variant, {}))
+
+
+def rules_of(family: str, variant: str) -> dict[int, RowRule]:
+    stages = given(variant).plan(find_adapter(model_of(family)[0]).facts)
+    return {stage.layer or 0: stage.rule for stage in stages if stage.rule is not None}
+
+
+def check(family: str, kind: str, variant: str, *first: str, **more: Any) -> vtprune.Handle:
+    inputs, strategy = inputs_of(family, kind), given(variant)
+    chosen: Any = [*first, strategy] if first else strategy
+    with by(rules_of(family, variant), model_of(family, "eager")[0], inputs):
+        return gather_is_mask(family, inputs, {"strategy": chosen, **more})
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_left_out_equals_thrown_away(family, variant):
+    report = check(family, "ragged", variant).report()
+    assert report.prefill().share < 1
+    assert {stage.kept for stage in report.stages} <= {0}
+
+
+@pytest.mark.parametrize("variant", ["shortv", "eemllm"])
+@pytest.mark.parametrize(
+    ("family", "kind"),
+    [
+        ("gemma3", "mixed"),
+        ("llava", "mixed"),
+        ("llava_next_video", "video_and_image"),
+        ("qwen2_5_vl", "video_and_image"),
+    ],
+)
+def test_rows_without_images_and_videos_beside_images(family, kind, variant):
+    check(family, kind, variant)
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+@pytest.mark.parametrize(("first", "keep"), [("divprune", 0.5), ("fastv", 0.4)])
+def test_behind_a_strategy_that_drops(family, first, keep):
+    for name in ("shortv", "eemllm"):
+        handle = check(family, "ragged", name, first, keep=keep)
+        report = handle.report()
+        left = [image.kept < image.tokens for image in report.images]
+        assert any(left) or any(stage.kept < stage.tokens for stage in report.stages)
+
+
+def test_rules_of_one_model_do_not_touch_another_of_its_class():
+    model, inputs = model_of("llava")[0], inputs_of("llava", "ragged")
+    other = model_of("llava", "eager")[0]
+    with vtprune.wrap(other, "shortv"):
+        ids, logits = generate(model, inputs, 10)
+    assert torch.equal(logits, plain("llava", "ragged")[1])
+    keeps_all("llava", "ragged", "divprune")
+    assert torch.equal(ids, plain("llava", "ragged")[0])
+
+
+@pytest.mark.parametrize("family", ["llava", "llava_next", "qwen2_vl", "qwen2_5_vl"])
+def test_a_window_of_every_neighbour_there_is(family):
+    """A radius beyond any image: visual tokens see all of their image or tile, and no other."""
+    model, inputs = model_of(family)[0], inputs_of(family, "ragged")
+    with vtprune.wrap(model, "divprune", keep=1.0) as handle:
+        model(**inputs)
+    where = places(inputs["input_ids"], handle._items)
+    close = near(where, 1000)
+    for b, row in enumerate(where):
+        same = (row[:, None, :2] == row[None, :, :2]).all(-1) & (row[:, None, 0] >= 0)
+        assert torch.equal(close[b], same | torch.eye(len(row), dtype=torch.bool))
+    beside = near(where, 1).sum(-1)[where[..., 0] >= 0]
+    assert int(beside.max()) == 9
+    corners = len({tuple(place) for place in where[where[..., 0] >= 0][:, :2].tolist()}) * 4
+    assert int((beside == 4).sum()) == corners
+
+
+@pytest.mark.parametrize("variant", [name for name in VARIANTS if name != "yopo renorm"])
+@pytest.mark.parametrize("name", strangers.BUILD)
+def test_families_without_an_adapter(name, variant):
+    if name == "vipllava" and OLD:
+        pytest.skip("transformers before 5.19 does not run it, wrapped or not")
+    (model, inputs, _), (eager, _, _) = strangers.build(name), strangers.build(name, "eager")
+    stages = given(variant).plan(find_adapter(model).facts)
+    rules = {stage.layer or 0: stage.rule for stage in stages if stage.rule is not None}
+    here = inputs["attention_mask"].bool()
+    with torch.no_grad(), vtprune.wrap(model, given(variant)):
+        made = model(**inputs).logits
+    with torch.no_grad(), by(rules, eager, inputs):
+        wanted = eager(**inputs).logits
+    assert (made - wanted)[here].abs().max() < 1e-4

@@ -1,0 +1,146 @@
+"""Strategies that compute less: their layers, their rules, and what they refuse."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+from tests.contracts.bank import TOWERS
+from vtprune.errors import ConfigError
+from vtprune.registry import build
+from vtprune.rules import RowRule
+from vtprune.strategies.shortv import ORDER_7B, ORDER_13B, order
+
+
+def facts_of(depth: int):
+    return dataclasses.replace(TOWERS["with CLS"], decoder_layers=depth)
+
+
+def layers_of(depth: int, **options) -> tuple[int, ...]:
+    return build("shortv", **options).used_layers(facts_of(depth))
+
+
+def test_shortv_replaces_the_authors_layers():
+    assert layers_of(32) == tuple(sorted(ORDER_7B))
+    assert layers_of(40) == tuple(sorted(ORDER_13B))
+    assert (len(ORDER_7B), len(ORDER_13B)) == (19, 24)
+    assert layers_of(32, replaced=3) == (29, 30, 31)
+    assert layers_of(40, replaced=0.1) == (28, 32, 36, 39)
+    assert layers_of(32, layers=(4, 5)) == (4, 5)
+
+
+@pytest.mark.parametrize("depth", [1, 2, 4, 12, 24, 28, 36, 48, 64, 80])
+def test_other_depths_take_the_place_of_the_nearest_layer(depth):
+    ranked = order(depth)
+    if depth <= 32:
+        assert depth == 1 or ranked[0] == depth - 1  # of one layer only the first is known
+    assert len(set(ranked)) == len(ranked)
+    assert 0 in ranked
+    assert abs(len(layers_of(depth)) - 0.6 * depth) < 0.05 * depth + 1
+
+
+def test_a_model_of_another_depth_keeps_the_authors_share():
+    assert len(layers_of(12)) == 7
+    assert order(12)[:3] == (11, 10, 0)
+    assert len(layers_of(64, replaced=0.5)) == 32
+
+
+@pytest.mark.parametrize("replaced", [0, -1, 0.0, 1.5, True, float("nan"), "3"])
+def test_a_number_of_layers_that_is_none(replaced):
+    with pytest.raises(ConfigError, match="neither a number of layers from 1 on nor a share"):
+        build("shortv", replaced=replaced)
+
+
+def test_more_layers_than_the_authors_ordered():
+    with pytest.raises(
+        ConfigError, match=r"replaced=0\.9: of these 32 layers the authors order only 19"
+    ):
+        layers_of(32, replaced=0.9)
+    assert layers_of(32, replaced=0.9, layers=(1,)) == (1,)
+
+
+def rule_of(name: str, layer: int = 0, depth: int = 32, **options) -> RowRule:
+    rule = build(name, **options).plan(facts_of(depth))[layer].rule
+    assert rule is not None
+    return rule
+
+
+def test_what_visual_rows_do():
+    assert rule_of("shortv") == RowRule(attend="none", mlp=0.0)
+    assert rule_of("naavit") == RowRule(attend="none")
+    assert rule_of("naavit", mlp=False) == rule_of("shortv")
+    assert rule_of("eemllm") == RowRule(attend="self")
+    assert rule_of("eemllm", visual_rows="ffn") == rule_of("naavit")
+    assert rule_of("yopo") == RowRule(attend="window", radius=2)
+    assert rule_of("yopo", 15) == rule_of("yopo")
+    assert rule_of("yopo", 16) == RowRule(attend="window", radius=2, read=False)
+    assert rule_of("yopo", window=None, layercut=0, mlp_ratio=4) == RowRule(mlp=0.25, read=False)
+
+
+@pytest.mark.parametrize(("window", "radius"), [(1, 0), (2, 0), (3, 1), (4, 1), (5, 2), (6, 2)])
+def test_an_even_window_is_one_less(window, radius):
+    assert rule_of("yopo", window=window).radius == radius
+
+
+def test_with_renorm_visual_tokens_leave_where_they_are_no_longer_read():
+    stages = build("yopo", renorm=True).plan(facts_of(12))
+    assert [stage.layer for stage in stages] == list(range(7))
+    assert [stage.rule is None for stage in stages] == [False] * 6 + [True]
+    for layercut in (0, 12):
+        with pytest.raises(ConfigError, match="lets them leave before layers 1 to 11"):
+            build("yopo", renorm=True, layercut=layercut).plan(facts_of(12))
+
+
+def test_heads_are_those_of_each_layer():
+    heads = ((0, 1), (1,))
+    assert [rule_of("yopo", i, 2, heads=heads).heads for i in range(2)] == [(0, 1), (1,)]
+    with pytest.raises(ConfigError, match=r"heads= has 2 layers; .* has 32"):
+        rule_of("yopo", heads=heads)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("eemllm", {"visual_rows": "freeze"}, "visual_rows='freeze' is unknown; choose 'self"),
+        ("yopo", {"window": 0}, "window=0 sees nothing"),
+        ("yopo", {"mlp_ratio": 0.5}, r"mlp_ratio=0\.5 must be at least 1"),
+        ("yopo", {"layercut": -1}, "layercut=-1 is no layer"),
+    ],
+)
+def test_options_out_of_range(name, options, message):
+    with pytest.raises(ConfigError, match=message):
+        build(name, **options)
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        ({"attend": "some"}, "attend='some' is unknown; choose one of 'all', 'window'"),
+        ({"mlp": 1.5}, r"mlp=1\.5 is no share"),
+        ({"mlp": float("nan")}, "mlp=nan is no share"),
+        ({"radius": -1}, "radius=-1 must be at least 0"),
+    ],
+)
+def test_a_rule_out_of_range(rule, message):
+    with pytest.raises(ConfigError, match=message):
+        RowRule(**rule)
+
+
+def test_the_published_costs_of_a_visual_token():
+    """MAC of 7B at 576 tokens: the whole layer, keys and values alone, those and the MLP."""
+    d, m, n = 4096, 11008, 576
+    assert RowRule().macs(n, d, m) / n == pytest.approx(207.1e6, rel=1e-3)
+    assert rule_of("shortv").macs(n, d, m) / n == pytest.approx(33.6e6, rel=2e-3)
+    assert rule_of("naavit").macs(n, d, m) / n == pytest.approx(168.8e6, rel=1e-3)
+    quarter = rule_of("yopo", mlp_ratio=2, heads=tuple([tuple(range(24))] * 32))
+    linear = quarter.macs(n, d, m, heads=32) - n * 2 * 25 * d
+    assert linear / n == pytest.approx(0.75 * 67.1e6 + 67.6e6, rel=1e-3)
+
+
+def test_rules_in_words():
+    assert str(RowRule()) == "as ever"
+    assert str(rule_of("shortv")) == "no attention, no MLP"
+    rule = RowRule(attend="window", mlp=0.5, radius=2, heads=(0,), read=False)
+    assert str(rule_of("eemllm")) == "attend to themselves alone"
+    assert str(rule) == "attend within 5 x 5, 0.5 of the MLP, 1 key/value heads, values unread"

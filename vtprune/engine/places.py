@@ -1,0 +1,63 @@
+"""Where visual tokens are in their images, and which of them are close to each other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from vtprune.engine.items import Item
+from vtprune.errors import UnsupportedError
+
+
+def places(ids: Tensor, items: Sequence[Item]) -> Tensor:
+    """Returns image, tile or frame, row and column of each token, ``[B, L, 4]`` float32.
+
+    -1 for what is made of no patch. ``ids`` ``[B, L]`` hold the placeholders of ``items``.
+
+    Raises:
+        UnsupportedError: the tokens of an image form no grid.
+    """
+    found = torch.full((*ids.shape, 4), -1.0, device=ids.device)
+    for token in {item.modality.placeholder for item in items}:
+        own = [(i, item) for i, item in enumerate(items) if item.modality.placeholder == token]
+        found[ids == token] = torch.cat([_of(i, item) for i, item in own]).to(ids.device)
+    return found
+
+
+def _of(number: int, item: Item) -> Tensor:
+    """Returns the places of the tokens of an item, ``[n, 4]``."""
+    out = torch.full((len(item), 4), -1.0)
+    free = item.free.cpu()
+    if item.grid is not None:
+        frames, height, width = item.grid
+        axes = [torch.arange(n).float() for n in (frames, height, width)]
+        out[free, 1:] = torch.cartesian_prod(*axes)
+    elif item.tiles is not None:
+        out[free, 1:] = torch.cat([item.tiles[:, :1], _steps(item.tiles[:, 1:])], 1).float()
+    else:
+        raise UnsupportedError(
+            f"The tokens of this {item.modality.item} form no grid, so none has neighbours. Leave "
+            "the window out (window=None)."
+        )
+    out[free, 0] = number
+    return out
+
+
+def _steps(patches: Tensor) -> Tensor:
+    """Returns rows and columns counted in tokens, from those in patches, ``[m, 2]``."""
+    columns = []
+    for axis in patches.unbind(1):
+        distinct = axis.unique()
+        step = float(distinct.diff().min()) if len(distinct) > 1 else 1.0
+        columns.append(((axis - distinct[0]) / step).round())
+    return torch.stack(columns, dim=1)
+
+
+def near(places: Tensor, radius: int) -> Tensor:
+    """Returns which tokens are close to each other in one image or frame, ``[B, L, L]`` bool."""
+    apart = (places[:, :, None] - places[:, None]).abs()
+    close = (apart[..., :2] == 0).all(-1) & (apart[..., 2:] <= radius).all(-1)
+    itself = torch.eye(places.shape[1], dtype=torch.bool, device=places.device)
+    return (close & (places[:, :, None, 0] >= 0)) | itself

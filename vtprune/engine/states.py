@@ -1,0 +1,49 @@
+"""Readers of what enters a layer of the language model: hidden states, and rotary embeddings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vtprune.kernels._common import full_precision
+from vtprune.types import DecoderNeed, Likeness, Normed, Turned
+
+# Of the model, hidden states [B, n, D], what else the layer is called with, and which of the n
+# columns are tokens, and visual ones, [B, n] bool.
+Reading = Callable[[Any, Tensor, dict[str, Any], Tensor, Tensor], Tensor]
+
+
+def _normed(
+    model: Any, hidden: Tensor, kwargs: dict[str, Any], valid: Tensor, visual: Tensor
+) -> Tensor:
+    return model.norm(hidden).to(hidden.device, torch.float32)
+
+
+def _likeness(
+    model: Any, hidden: Tensor, kwargs: dict[str, Any], valid: Tensor, visual: Tensor
+) -> Tensor:
+    value = torch.zeros(valid.shape, device=hidden.device)
+    after = valid & (visual.flip(1).cumsum(1).flip(1) == 0)
+    with full_precision(hidden):
+        for b in (visual.any(1) & after.any(1)).nonzero()[:, 0].tolist():
+            states = hidden[b].float()
+            value[b, after[b]] = (states[visual[b]] @ states[after[b]].T).softmax(-1).mean(0)
+    return value
+
+
+def _turned(
+    model: Any, hidden: Tensor, kwargs: dict[str, Any], valid: Tensor, visual: Tensor
+) -> Tensor:
+    cos, sin = (x.float().expand(len(hidden), -1, -1) for x in kwargs["position_embeddings"])
+    half = sin.shape[-1] // 2
+    return cos + torch.cat([-sin[..., :half], sin[..., half:]], dim=-1)
+
+
+STATES: dict[type[DecoderNeed], Reading] = {
+    Normed: _normed,
+    Likeness: _likeness,
+    Turned: _turned,
+}

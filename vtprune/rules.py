@@ -1,0 +1,80 @@
+"""What the visual rows of a prompt compute in one layer of the language model."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from vtprune.errors import ConfigError
+
+Attend = Literal["all", "window", "self", "none"]
+
+
+@dataclass(frozen=True)
+class RowRule:
+    """What visual rows do while the prompt is read; tokens decoded later find whole keys.
+
+    Text rows are as ever and see all visual keys. The default changes nothing.
+
+    Attributes:
+        attend: what visual rows see: ``all`` as usual; of visual keys only a ``window`` in their
+            own image or frame, to both sides, and the text before them; each row ``self`` alone;
+            or ``none``, so that attention adds nothing to them.
+        mlp: share of the MLP's hidden neurons that visual rows pass, the first ones; 0 = the MLP
+            adds nothing to them. With ``attend="none"`` they then leave the layer as they came.
+        radius: of the window, in tokens; 1 = with the eight neighbours.
+        heads: 0-based key/value heads, with the queries that share them, in which visual rows see
+            and give something. In the others their values and what they attend to are 0. None =
+            all.
+        read: whether visual values count at all for who sees them.
+    """
+
+    attend: Attend = "all"
+    mlp: float = 1.0
+    radius: int = 0
+    heads: tuple[int, ...] | None = None
+    read: bool = True
+
+    def __post_init__(self) -> None:
+        if self.attend not in get_args(Attend):
+            known = ", ".join(map(repr, get_args(Attend)))
+            raise ConfigError(f"attend={self.attend!r} is unknown; choose one of {known}.")
+        if not (math.isfinite(self.mlp) and 0 <= self.mlp <= 1):
+            raise ConfigError(f"mlp={self.mlp!r} is no share of the MLP; give one of 0 to 1.")
+        if self.radius < 0:
+            raise ConfigError(f"radius={self.radius} must be at least 0.")
+
+    @property
+    def changes_attention(self) -> bool:
+        """Whether attention itself is another than that of the model."""
+        return self.attend != "all"
+
+    def macs(self, tokens: int, width: int, ffn: int, heads: int = 1) -> float:
+        """Returns multiply-accumulates of ``tokens`` visual tokens alone, by the published formula.
+
+        That is 4 n d^2 + 2 n^2 d + 3 n d m for a whole layer, whose queries, keys, values and
+        output count alike (the formula knows no shared key/value heads).
+
+        Args:
+            width: d, of the hidden states; ``ffn``: m, of the gated MLP.
+            heads: key/value heads of the layer.
+        """
+        share = 1.0 if self.heads is None else len(self.heads) / heads
+        seen = {"all": tokens, "window": min(tokens, (2 * self.radius + 1) ** 2)}
+        made = {"none": 2, "self": 3}.get(self.attend, 4)  # of queries, keys, values, output
+        rows = made * share * width**2 + 2 * seen.get(self.attend, 0) * width
+        return tokens * (rows + 3 * self.mlp * width * ffn)
+
+    def __str__(self) -> str:
+        side = 2 * self.radius + 1
+        words = {"none": "no attention", "self": "attend to themselves alone"}
+        words["window"] = f"attend within {side} x {side}"
+        said = [words[self.attend]] if self.attend in words else []
+        if self.mlp < 1:
+            said.append(f"{self.mlp:.3g} of the MLP" if self.mlp else "no MLP")
+        if self.heads is not None:
+            said.append(f"{len(self.heads)} key/value heads")
+        if not self.read:
+            said.append("values unread")
+        return ", ".join(said) or "as ever"
