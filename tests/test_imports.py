@@ -21,17 +21,19 @@ OPTIONAL |= {"triton", "typer", "vllm"}
 
 VOCABULARY = {"vtprune.types", "vtprune.needs", "vtprune.selection", "vtprune.budget"}
 VOCABULARY |= {"vtprune.errors", "vtprune.kernels", "vtprune.rules"}
+GATES = "vtprune.gates"
 # Folder or file -> what it may import besides the standard library.
 ALLOWED = {
     "errors": set(),
     "budget": {"vtprune.errors"},
     "kernels": {"vtprune.errors", "vtprune.kernels", "torch", "triton"},
     "needs": {"vtprune.errors"},
-    "rules": {"vtprune.errors"},
+    "rules": {"vtprune.errors", "torch"},
     "selection": {"vtprune.kernels", "torch"},
     "types": {*VOCABULARY, "torch"},
     "scoring": {*VOCABULARY, "vtprune.scoring", "torch"},
-    "strategies": {*VOCABULARY, "vtprune.scoring", "vtprune.strategies", "torch"},
+    "gates": {*VOCABULARY, "vtprune.scoring", "safetensors", "torch"},
+    "strategies": {*VOCABULARY, GATES, "vtprune.scoring", "vtprune.strategies", "torch"},
     "vlm_adapters": {*VOCABULARY, "vtprune.vlm_adapters", "torch", "transformers"},
     "flops": {"vtprune.errors"},
     "registry": {*VOCABULARY, "vtprune.strategies", "vtprune.vlm_adapters"},

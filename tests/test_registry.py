@@ -84,10 +84,11 @@ def test_the_names_are_those_of_the_files() -> None:
     assert {"divprune", "fastervlm", "random", "strided"} <= set(strategy_names())
 
 
-def test_some_strategies_take_no_budget() -> None:
+def test_some_strategies_keep_no_number_of_tokens() -> None:
     without = set(strategy_names()) - set(keeping_names())
-    assert without == {n for n in strategy_names() if strategy_class(n).kind == "compute"}
-    assert {"shortv", "yopo"} <= without
+    kinds = {name: strategy_class(name).kind for name in without}
+    assert set(kinds.values()) == {"compute", "exit"}
+    assert {"dyvte", "shortv", "yopo"} <= without
 
 
 @pytest.mark.parametrize("name", strategy_names())

@@ -95,6 +95,18 @@ class Normed(DecoderNeed):
     """Hidden states that enter the layer, after the model's last norm. ``[B, N, D]`` float32."""
 
 
+class RowNeed(DecoderNeed):
+    """A quantity of a sample as a whole: leading dimension ``[B]``, none of tokens."""
+
+
+class TextState(RowNeed):
+    """Hidden states that enter the layer, after the last visual token. ``[B, 2 D]`` float32.
+
+    Their mean without the last of them, and the last, side by side; one alone is both. Where
+    nothing comes after, it is the last token.
+    """
+
+
 @dataclass(frozen=True)
 class Transition(DecoderNeed):
     """How much the layer turns and stretches each token. ``[B, N]`` float32.
@@ -111,7 +123,7 @@ class Transition(DecoderNeed):
 # What any language model gives.
 INSIDE: frozenset[type] = frozenset(
     {LastRow, TextRows, VisualRows, EachText, EachHead, LastFlow}
-    | {KeyNorm, LayerKeys, Normed, Likeness, Turned, Transition}
+    | {KeyNorm, LayerKeys, Normed, Likeness, TextState, Turned, Transition}
 )
 
 

@@ -61,11 +61,12 @@ def strategy_names() -> list[str]:
 
 
 def keeping_names() -> list[str]:
-    """Returns the names of the strategies that take a budget: all but those from which none leave.
+    """Returns the names of the strategies that keep a number of tokens, not all or none.
 
     It imports them.
     """
-    return [name for name in strategy_names() if strategy_class(name).kind != "compute"]
+    kinds = ("select", "adaptive")
+    return [name for name in strategy_names() if strategy_class(name).kind in kinds]
 
 
 def strategy_class(name: str) -> type[Strategy]:

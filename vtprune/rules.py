@@ -4,11 +4,37 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, Protocol, get_args
+
+from torch import Tensor
 
 from vtprune.errors import ConfigError
 
-Attend = Literal["all", "window", "self", "none"]
+Attend = Literal["all", "window", "self", "none", "chosen"]
+
+
+class Chooser(Protocol):
+    """What chooses, in a layer and for one prompt, the tokens that attend."""
+
+    @property
+    def share(self) -> float:
+        """Most of the tokens that it chooses of many, as a share."""
+        ...
+
+    def asking(self, n: int) -> Tensor:
+        """Returns by which of ``n`` tokens it chooses, ``[M]`` int64, ascending."""
+        ...
+
+    def choose(self, q: Tensor, k: Tensor, seen: Tensor, scale: float | None) -> Tensor:
+        """Returns which tokens attend and are seen, ``[n]`` bool; all but visual ones do anyway.
+
+        Args:
+            q: ``[1, H, M, d]`` queries of those that it asks.
+            k: ``[1, Hkv, n, d]`` keys of a whole prompt, without padding.
+            seen: ``[M, n]`` bool, which keys each query sees.
+            scale: factor of the products; None = ``d ** -0.5``.
+        """
+        ...
 
 
 @dataclass(frozen=True)
@@ -20,7 +46,8 @@ class RowRule:
     Attributes:
         attend: what visual rows see: ``all`` as usual; of visual keys only a ``window`` in their
             own image or frame, to both sides, and the text before them; each row ``self`` alone;
-            or ``none``, so that attention adds nothing to them.
+            ``none``, so that attention adds nothing to them; or, of those ``chosen``, as
+            usual but for the other visual ones, which have ``none`` and are seen by nobody.
         mlp: share of the MLP's hidden neurons that visual rows pass, the first ones; 0 = the MLP
             adds nothing to them. With ``attend="none"`` they then leave the layer as they came.
         radius: of the window, in tokens; 1 = with the eight neighbours.
@@ -28,6 +55,9 @@ class RowRule:
             and give something. In the others their values and what they attend to are 0. None =
             all.
         read: whether visual values count at all for who sees them.
+        chooser: what chooses, if ``attend="chosen"``.
+        forget: whether what is not chosen leaves the cache, so that tokens decoded later do not see
+            it either.
     """
 
     attend: Attend = "all"
@@ -35,6 +65,8 @@ class RowRule:
     radius: int = 0
     heads: tuple[int, ...] | None = None
     read: bool = True
+    chooser: Chooser | None = None
+    forget: bool = False
 
     def __post_init__(self) -> None:
         if self.attend not in get_args(Attend):
@@ -44,13 +76,22 @@ class RowRule:
             raise ConfigError(f"mlp={self.mlp!r} is no share of the MLP; give one of 0 to 1.")
         if self.radius < 0:
             raise ConfigError(f"radius={self.radius} must be at least 0.")
+        if (self.attend == "chosen") != (self.chooser is not None):
+            raise ConfigError(
+                f"attend={self.attend!r} with chooser={self.chooser}: attend='chosen' and a "
+                "chooser go together. Give both or none."
+            )
+        if self.forget and self.chooser is None:
+            raise ConfigError("forget=True drops what is not chosen; give a chooser too.")
 
     @property
     def changes_attention(self) -> bool:
         """Whether attention itself is another than that of the model."""
         return self.attend != "all"
 
-    def macs(self, tokens: int, width: int, ffn: int, heads: int = 1) -> float:
+    def macs(
+        self, tokens: int, width: int, ffn: int, heads: int = 1, chosen: int | None = None
+    ) -> float:
         """Returns multiply-accumulates of ``tokens`` visual tokens alone, by the published formula.
 
         That is 4 n d^2 + 2 n^2 d + 3 n d m for a whole layer, whose queries, keys, values and
@@ -59,9 +100,13 @@ class RowRule:
         Args:
             width: d, of the hidden states; ``ffn``: m, of the gated MLP.
             heads: key/value heads of the layer.
+            chosen: tokens that attend where some are ``chosen``; None = most that could.
         """
         share = 1.0 if self.heads is None else len(self.heads) / heads
-        seen = {"all": tokens, "window": min(tokens, (2 * self.radius + 1) ** 2)}
+        seen: dict[str, float] = {"all": tokens, "window": min(tokens, (2 * self.radius + 1) ** 2)}
+        if self.chooser is not None:
+            most = self.chooser.share * tokens if chosen is None else chosen
+            seen["chosen"] = most**2 / max(1, tokens)
         made = {"none": 2, "self": 3}.get(self.attend, 4)  # of queries, keys, values, output
         rows = made * share * width**2 + 2 * seen.get(self.attend, 0) * width
         return tokens * (rows + 3 * self.mlp * width * ffn)
@@ -70,6 +115,7 @@ class RowRule:
         side = 2 * self.radius + 1
         words = {"none": "no attention", "self": "attend to themselves alone"}
         words["window"] = f"attend within {side} x {side}"
+        words["chosen"] = f"attend if chosen by {self.chooser}"
         said = [words[self.attend]] if self.attend in words else []
         if self.mlp < 1:
             said.append(f"{self.mlp:.3g} of the MLP" if self.mlp else "no MLP")

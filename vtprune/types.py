@@ -35,7 +35,9 @@ from vtprune.needs import (
     Normed,
     Quantity,
     Received,
+    RowNeed,
     TextRows,
+    TextState,
     TowerNeed,
     Transition,
     Turned,
@@ -72,6 +74,7 @@ __all__ = [
     "Positions",
     "Quantity",
     "Received",
+    "RowNeed",
     "RowRule",
     "Scope",
     "Selection",
@@ -80,6 +83,7 @@ __all__ = [
     "Stage",
     "Strategy",
     "TextRows",
+    "TextState",
     "TowerNeed",
     "Transition",
     "Turned",
@@ -146,7 +150,8 @@ class Signals:
         grid: ``(t, h, w)`` of the tokens, or None where they form none.
         item: ``[B]`` int64, the image that each row belongs to, of which it may be a tile; None =
             one row per image. Where a row is a sample, all its images together, the sample.
-        values: the needed quantities, each with leading dimensions ``[B, N]``.
+        values: the needed quantities, each with leading dimensions ``[B, N]``; those of a whole
+            row ``[B]``.
         text: per row the instruction's embeddings ``[M, D]``, if asked for.
         inside: where a stage inside a model acts; None for the others.
         n_prefix: tokens of the tower before the first, CLS among them. A mix on the block that
@@ -243,8 +248,9 @@ class Strategy:
     Attributes:
         layers: 0-based layers to use instead of the default, exactly as given: tower blocks to
             read, or layers of the language model before which to act.
-        kind: ``select`` keeps an exact count, ``adaptive`` counts of its own per row, ``compute``
-            all tokens, for which less is computed: its stages have rules, and it takes no ``keep``.
+        kind: ``select`` keeps an exact count, ``adaptive`` counts of its own per row, ``exit`` all
+            tokens of a sample or none, ``compute`` all, for which less is computed: its stages have
+            rules, and it takes no ``keep``.
         acts_inside: whether all it does is inside the language model, where ``keep`` counts the
             visual tokens of a sample. A stage there of another strategy has whole images counted
             and chooses from tokens made of patches.
@@ -257,7 +263,7 @@ class Strategy:
             with the last token of their ``row``. No budget counts them.
     """
 
-    kind: ClassVar[Literal["select", "adaptive", "compute"]] = "select"
+    kind: ClassVar[Literal["select", "adaptive", "exit", "compute"]] = "select"
     positions: ClassVar[Positions] = "renumber"
     scope: ClassVar[Scope] = "image"
     newlines: ClassVar[Newlines] = "keep"

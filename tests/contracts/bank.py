@@ -30,6 +30,7 @@ from vtprune.types import (
     Site,
     Strategy,
     TextRows,
+    TextState,
     Transition,
     Turned,
     VisualRows,
@@ -59,6 +60,8 @@ def _value(need: Need, batch: int, n: int, generator: torch.Generator) -> Tensor
         return torch.rand(batch, n, 2, generator=generator)
     if isinstance(need, (KeyNorm, LastFlow, Likeness, Transition)):
         return torch.rand(batch, n, generator=generator)
+    if isinstance(need, TextState):
+        return torch.randn(batch, 2 * WIDTH, generator=generator)
     if isinstance(need, Normed):
         return torch.randn(batch, n, WIDTH, generator=generator)
     if isinstance(need, EachHead):

@@ -28,7 +28,7 @@ from vtprune.registry import build, keeping_names, strategy_class, strategy_name
 from vtprune.types import ClsRow, Facts, Need, Strategy, check_needs
 
 ALL = strategy_names()
-KEEPING = keeping_names()  # the others, from which no token leaves, are in test_compute.py
+KEEPING = keeping_names()  # the others are in test_compute.py and test_exit.py
 N = 36
 BY_CROP = {"holov"}  # these share the budget among crops, so equal tokens stay far apart
 BY_PAIRS = {"vispruner"}  # of two alike one leaves by its rank, whatever its index

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from tests import tiny
+from vtprune.scoring.probing import probes
 from vtprune.types import RowRule
 
 SIDE = tiny.SIDE // tiny.PATCH
@@ -31,8 +32,33 @@ def neighbours(visual: Tensor, radius: int) -> Tensor:
     return close
 
 
+def chosen(
+    rule: RowRule, seen: Tensor, visual: Tensor, scores: Tensor, valid: Tensor, prompt: int
+) -> Tensor:
+    """Which tokens probes of the prompt choose, ``[B, L]``; all that come behind it."""
+    assert rule.chooser is not None
+    stays = valid & ~visual
+    whole = scores.masked_fill(~seen[:, None], -1e30).softmax(-1).mean(1)
+    for b in range(len(valid)):
+        spots = valid[b, :prompt].nonzero()[:, 0].tolist()
+        rows = [spots[i] for i in probes(len(spots)).tolist()]
+        mass = [float(whole[b, rows, j].double().sum()) for j in spots]
+        held, count = 0.0, 0
+        for share in sorted(mass, reverse=True):
+            if held >= rule.chooser.share * len(rows):
+                break
+            held, count = held + share, count + 1
+        each = [x / int(seen[b, rows, j].sum()) for x, j in zip(mass, spots, strict=True)]
+        best = sorted(range(len(spots)), key=lambda i: -each[i])[:count]
+        stays[b, [spots[i] for i in best] + spots[-1:]] = True
+    return stays
+
+
 def attended(rule: RowRule, seen: Tensor, visual: Tensor, scores: Tensor, v: Tensor) -> Tensor:
-    """What attention gives ``[B, H, L, d]``, from ``scores`` and ``v`` of all heads."""
+    """What attention gives ``[B, H, L, d]``, from ``scores`` and ``v`` of all heads.
+
+    Of what probes choose ``visual`` are the others.
+    """
     n, heads = seen.shape[1], scores.shape[1]
     both = visual[:, :, None] & visual[:, None, :]
     if rule.attend == "window":
@@ -45,7 +71,9 @@ def attended(rule: RowRule, seen: Tensor, visual: Tensor, scores: Tensor, v: Ten
     dropped = torch.tensor([h // groups not in kept for h in range(heads)])
     unread = visual[:, None, None, :] & (dropped[None, :, None, None] | (not rule.read))
     out = probabilities.masked_fill(unread, 0.0) @ v
-    silent = visual[:, None, :, None] & (dropped[None, :, None, None] | (rule.attend == "none"))
+    silent = visual[:, None, :, None] & (
+        dropped[None, :, None, None] | (rule.attend in ("none", "chosen"))
+    )
     return out.masked_fill(silent, 0.0)
 
 
@@ -57,9 +85,16 @@ def passed(rule: RowRule, mlp: Any, x: Tensor, visual: Tensor) -> Tensor:
 
 
 def layer_by(
-    rule: RowRule, layer: Any, hidden: Tensor, rotary: Any, seen: Tensor, visual: Tensor
+    rule: RowRule,
+    layer: Any,
+    hidden: Tensor,
+    rotary: Any,
+    seen: Tensor,
+    visual: Tensor,
+    valid: Tensor,
+    prompt: int,
 ) -> Tensor:
-    """What comes out of a layer, ``[B, L, D]``."""
+    """What comes out of a layer, ``[B, L, D]``; the first ``prompt`` columns were read at once."""
     attention, x = layer.self_attn, layer.input_layernorm(hidden)
     q, k, v = (
         project(x).unflatten(2, (-1, attention.head_dim)).transpose(1, 2)
@@ -67,7 +102,13 @@ def layer_by(
     )
     q, k = apply_rotary_pos_emb(q, k, *rotary)
     k, v = (y.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for y in (k, v))
-    out = attended(rule, seen, visual, q @ k.mT * attention.scaling, v)
+    scores, left_out = q @ k.mT * attention.scaling, visual
+    if rule.attend == "chosen":
+        left_out = valid & ~chosen(rule, seen, visual, scores, valid, prompt)
+        seers = prompt if not rule.forget else seen.shape[1]
+        hidden_from = torch.arange(seen.shape[1]) < seers
+        seen = seen & ~(left_out[:, None] & hidden_from[:, None])
+    out = attended(rule, seen, left_out, scores, v)
     hidden = hidden + attention.o_proj(out.transpose(1, 2).flatten(2))
     return hidden + passed(rule, layer.mlp, layer.post_attention_layernorm(hidden), visual)
 
@@ -98,7 +139,9 @@ def reference(
             rule = rules.get(number, RowRule())
             sees = seen & ~visual[:, None] | torch.eye(n, dtype=torch.bool)
             seen_here = seen if number < gone else sees
-            hidden = layer_by(rule, layer, hidden, rotary, seen_here, visual)
+            hidden = layer_by(
+                rule, layer, hidden, rotary, seen_here, visual, valid, inputs["input_ids"].shape[1]
+            )
         logits.append(model.lm_head(text.norm(hidden)[:, -1]))
         ids.append(logits[-1].index_fill(1, torch.tensor([tiny.IMAGE]), -1e30).argmax(-1))
         embeds = torch.cat([embeds, embed(ids[-1])[:, None]], dim=1)

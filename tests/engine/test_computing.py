@@ -16,7 +16,7 @@ from vtprune import ConfigError, UnsupportedError
 from vtprune.engine import computing, split, tap
 from vtprune.engine.report import RuleReport
 from vtprune.errors import HookError
-from vtprune.registry import build, keeping_names, strategy_names
+from vtprune.registry import build, strategy_class, strategy_names
 from vtprune.strategies._compute import Compute
 from vtprune.types import Facts, RowRule
 
@@ -27,7 +27,7 @@ def turned() -> dict[str, Tensor]:
 
 
 BATCHES = {"one": tiny.one_image, "ragged": tiny.ragged, "turned": turned}
-NAMES = [name for name in strategy_names() if name not in keeping_names()]
+NAMES = [name for name in strategy_names() if strategy_class(name).kind == "compute"]
 AS_EVER = RowRule()
 RULES = {
     "frozen": RowRule(attend="none", mlp=0.0),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import vtprune
 from tests import tiny
 from tests.families import batches
 from tests.families.oracles import inputs_of
+from tests.gates import random_gates
 from vtprune import UnsupportedError
 from vtprune.engine.timing import Clock, part, timing
 from vtprune.eval import tiny as families
@@ -49,7 +51,7 @@ def bytes_of(cache):
 
 
 @pytest.mark.parametrize("name", strategy_names())
-def test_tokens_of_a_layer_are_those_it_is_called_with(name):
+def test_tokens_of_a_layer_are_those_it_is_called_with(name, tmp_path):
     model, inputs = tiny.build(), tiny.one_image()
     layers = model.model.language_model.layers
     blocks = model.model.vision_tower.encoder.layers
@@ -60,7 +62,8 @@ def test_tokens_of_a_layer_are_those_it_is_called_with(name):
         seen([block.mlp for block in blocks], mlp),
     ]
     keep = None if strategy_class(name).kind == "compute" else KEEP.get(name, 0.6)
-    wrapped = vtprune.wrap(model, name, keep=keep, processor=tiny.Processor())
+    options: dict[str, Any] = {"gates": str(random_gates(tmp_path))} if name == "dyvte" else {}
+    wrapped = vtprune.wrap(model, name, keep=keep, processor=tiny.Processor(), **options)
     with wrapped as handle, ExitStack() as stack:
         for observed in parts:
             stack.enter_context(observed)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import vtprune
@@ -18,7 +19,7 @@ from tests.families.test_strategies import FAMILIES
 from tests.probes import generate
 from vtprune.engine.places import near, places
 from vtprune.engine.plan import find_adapter
-from vtprune.registry import build, keeping_names, strategy_names
+from vtprune.registry import build, strategy_class, strategy_names
 from vtprune.types import RowRule, Strategy
 
 # Windows go by places, which have a test of their own.
@@ -27,8 +28,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "yopo renorm": {"window": None, "layercut": 3, "renorm": True},
     "naavit frozen": {"mlp": False, "layers": (1,)},
     "eemllm ffn": {"visual_rows": "ffn"},
+    "zipvl": {"tau": 0.8},
 }
-VARIANTS = [name for name in strategy_names() if name not in keeping_names()]
+VARIANTS = [name for name in strategy_names() if strategy_class(name).kind == "compute"]
 VARIANTS += [name for name in OPTIONS if name not in VARIANTS]
 
 
@@ -66,9 +68,52 @@ def alone(model: Any, inputs: dict[str, Tensor]) -> Any:
     return before
 
 
+def left_out(handle: vtprune.Handle, inputs: dict[str, Tensor]) -> dict[int, Tensor]:
+    """By layer the tokens of the last call's prompt that probes did not choose, ``[B, L]``."""
+    decoding, prompt = handle._decoding, handle._prompt
+    assert decoding is not None
+    assert prompt is not None
+    found = {}
+    for number, cut in decoding.chosen.items():
+        found[number] = inputs["attention_mask"].bool().clone()
+        for b, columns in enumerate(cut.index):
+            found[number][b, prompt.index[b, columns[columns >= 0]]] = False
+        assert found[number].any()
+    return found
+
+
+def unseen(left: Tensor, forget: bool) -> tuple[Any, Any]:
+    """Hooks that hide tokens from those of the prompt, or from all, and let them attend to none."""
+
+    def before(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        mask = kwargs["attention_mask"]
+        n = mask.shape[-1]
+        hides = F.pad(left, (0, n - left.shape[1]))[:, None, None].expand(-1, -1, n, -1).clone()
+        if not forget:
+            hides[:, :, left.shape[1] :] = False
+        hidden = torch.finfo(mask.dtype).min
+        mask = mask.expand(len(left), -1, -1, -1).masked_fill(hides, hidden)
+        return args, {**kwargs, "attention_mask": mask}
+
+    def after(module: Any, args: Any, output: Any) -> Any:
+        made, *more = output
+        silent = F.pad(left, (0, made.shape[1] - left.shape[1]))
+        return (made.masked_fill(silent[:, :, None], 0.0), *more)
+
+    return before, after
+
+
 @contextmanager
-def by(rules: dict[int, RowRule], model: Any, inputs: dict[str, Tensor]) -> Iterator[None]:
-    """Lets ``model`` compute everything for visual rows and throw away what the rules say."""
+def by(
+    rules: dict[int, RowRule],
+    model: Any,
+    inputs: dict[str, Tensor],
+    left: dict[int, Tensor] | None = None,
+) -> Iterator[None]:
+    """Lets ``model`` compute everything for visual rows and throw away what the rules say.
+
+    Of layers in which probes choose, what they ``left`` out.
+    """
     layers, zero = find_adapter(model).decoder, muted(model, inputs)
     with ExitStack() as undo:
         for number, rule in rules.items():
@@ -76,6 +121,11 @@ def by(rules: dict[int, RowRule], model: Any, inputs: dict[str, Tensor]) -> Iter
             attention = layer.self_attn
             if rule.attend == "none":
                 undo.callback(attention.register_forward_hook(zero).remove)
+            if rule.attend == "chosen":
+                before, after = unseen((left or {})[number], rule.forget)
+                hook = layer.register_forward_pre_hook(before, with_kwargs=True)
+                undo.callback(hook.remove)
+                undo.callback(attention.register_forward_hook(after).remove)
             if rule.attend == "self":
                 hook = layer.register_forward_pre_hook(alone(model, inputs), with_kwargs=True)
                 undo.callback(hook.remove)
@@ -98,7 +148,12 @@ def rules_of(family: str, variant: str) -> dict[int, RowRule]:
 def check(family: str, kind: str, variant: str, *first: str, **more: Any) -> vtprune.Handle:
     inputs, strategy = inputs_of(family, kind), given(variant)
     chosen: Any = [*first, strategy] if first else strategy
-    with by(rules_of(family, variant), model_of(family, "eager")[0], inputs):
+    rules, left = rules_of(family, variant), {}
+    if any(rule.attend == "chosen" for rule in rules.values()):
+        with vtprune.wrap(model_of(family)[0], chosen, **more) as handle:
+            generate(model_of(family)[0], inputs, 1)
+            left = left_out(handle, inputs)
+    with by(rules, model_of(family, "eager")[0], inputs, left):
         return gather_is_mask(family, inputs, {"strategy": chosen, **more})
 
 
@@ -127,7 +182,7 @@ def test_rows_without_images_and_videos_beside_images(family, kind, variant):
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
 @pytest.mark.parametrize(("first", "keep"), [("divprune", 0.5), ("fastv", 0.4)])
 def test_behind_a_strategy_that_drops(family, first, keep):
-    for name in ("shortv", "eemllm"):
+    for name in ("shortv", "eemllm", "zipvl"):
         handle = check(family, "ragged", name, first, keep=keep)
         report = handle.report()
         left = [image.kept < image.tokens for image in report.images]
@@ -170,8 +225,8 @@ def test_families_without_an_adapter(name, variant):
     stages = given(variant).plan(find_adapter(model).facts)
     rules = {stage.layer or 0: stage.rule for stage in stages if stage.rule is not None}
     here = inputs["attention_mask"].bool()
-    with torch.no_grad(), vtprune.wrap(model, given(variant)):
+    with torch.no_grad(), vtprune.wrap(model, given(variant)) as handle:
         made = model(**inputs).logits
-    with torch.no_grad(), by(rules, eager, inputs):
+    with torch.no_grad(), by(rules, eager, inputs, left_out(handle, inputs)):
         wanted = eager(**inputs).logits
     assert (made - wanted)[here].abs().max() < 1e-4

@@ -9,7 +9,6 @@ PENDING: dict[str, str] = {
     "crossget": _NO_STRATEGY,
     "diffrate": _NO_STRATEGY,
     "dycoke": _NO_STRATEGY,
-    "dyvte": _NO_STRATEGY,
     "evit": _NO_STRATEGY,
     "evs": _NO_STRATEGY,
     "fastvid": _NO_STRATEGY,
@@ -23,5 +22,4 @@ PENDING: dict[str, str] = {
     "var": _NO_STRATEGY,
     "vcast": _NO_STRATEGY,
     "vidcom2": _NO_STRATEGY,
-    "zipvl": _NO_STRATEGY,
 }

@@ -11,6 +11,7 @@ from vtprune.errors import ConfigError
 from vtprune.registry import build
 from vtprune.rules import RowRule
 from vtprune.strategies.shortv import ORDER_7B, ORDER_13B, order
+from vtprune.strategies.zipvl import ZipVL
 
 
 def facts_of(depth: int):
@@ -74,6 +75,9 @@ def test_what_visual_rows_do():
     assert rule_of("eemllm", visual_rows="ffn") == rule_of("naavit")
     assert rule_of("yopo") == RowRule(attend="window", radius=2)
     assert rule_of("yopo", 15) == rule_of("yopo")
+    chosen = RowRule(attend="chosen", chooser=ZipVL(tau=0.96), forget=True)
+    assert rule_of("zipvl", 1, tau=0.96) == rule_of("zipvl", 31, tau=0.96) == chosen
+    assert not rule_of("zipvl", 0).forget  # transformers counts by the first layer's cache
     assert rule_of("yopo", 16) == RowRule(attend="window", radius=2, read=False)
     assert rule_of("yopo", window=None, layercut=0, mlp_ratio=4) == RowRule(mlp=0.25, read=False)
 
@@ -103,6 +107,7 @@ def test_heads_are_those_of_each_layer():
     ("name", "options", "message"),
     [
         ("eemllm", {"visual_rows": "freeze"}, "visual_rows='freeze' is unknown; choose 'self"),
+        ("zipvl", {"tau": 0}, "tau=0 is no share of attention"),
         ("yopo", {"window": 0}, "window=0 sees nothing"),
         ("yopo", {"mlp_ratio": 0.5}, r"mlp_ratio=0\.5 must be at least 1"),
         ("yopo", {"layercut": -1}, "layercut=-1 is no layer"),
@@ -120,6 +125,9 @@ def test_options_out_of_range(name, options, message):
         ({"mlp": 1.5}, r"mlp=1\.5 is no share"),
         ({"mlp": float("nan")}, "mlp=nan is no share"),
         ({"radius": -1}, "radius=-1 must be at least 0"),
+        ({"attend": "chosen"}, "attend='chosen' and a chooser go together"),
+        ({"chooser": ZipVL()}, "attend='all' with chooser=ZipVL"),
+        ({"forget": True}, "give a chooser too"),
     ],
 )
 def test_a_rule_out_of_range(rule, message):

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from vtprune.engine import tap
+from vtprune.engine.choosing import among_chosen, forget
 from vtprune.engine.decoding import Decoding
 from vtprune.engine.masks import explicit, windowed
 from vtprune.engine.places import near
@@ -45,6 +46,11 @@ class Computing:
         self.layers, self.rules, self.current = layers, dict(sorted(rules.items())), current
         self.attention = {_part(layers[number], "self_attn"): number for number in rules}
 
+    @property
+    def choosing(self) -> tuple[int, ...]:
+        """Layers in which it is chosen who attends."""
+        return tuple(n for n, rule in self.rules.items() if rule.chooser is not None)
+
     def install(self, undo: ExitStack) -> None:
         """Registers the hooks; ``undo`` takes them off.
 
@@ -62,6 +68,9 @@ class Computing:
                 )
             if rule.attend != "all":
                 undo.callback(attention.register_forward_hook(self._check(number)).remove)
+            if rule.forget:
+                hook = attention.register_forward_hook(self._forget(number), with_kwargs=True)
+                undo.callback(hook.remove)
             if rule.attend in ("none", "self") and hasattr(attention, "q_proj"):
                 self._pass(undo, number, attention.q_proj)
             if rule.attend == "none":
@@ -117,6 +126,17 @@ class Computing:
                 f"{type(module).__name__} did not call the attention interface. Use a language "
                 "model whose attention is sdpa or eager."
             )
+
+        return after
+
+    def _forget(self, number: int) -> Callable[..., None]:
+        """Returns a hook that takes out of the cache what was not chosen."""
+
+        def after(module: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Any) -> None:
+            decoding, cache = self.current(), kwargs.get("past_key_values")
+            if decoding is None or decoding.prefilled or tap.is_reading() or cache is None:
+                return
+            forget(cache, number, decoding)
 
         return after
 
@@ -176,6 +196,11 @@ class Computing:
             return forward(module, query, key, value, mask, *args, **kwargs)
         decoding, split = found
         decoding.acted.add(number)
+        chooser = self.rules[number].chooser
+        if chooser is not None:
+            return among_chosen(
+                number, decoding, chooser, forward, module, query, key, value, mask, *args, **kwargs
+            )
         seen = explicit(mask, module, query, key, kwargs)
         if self.rules[number].attend == "window":
             seen = windowed(seen, split.visual, self._close(number, decoding).to(seen.device))

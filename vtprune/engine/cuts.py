@@ -88,7 +88,7 @@ class Cut:
         cut = {**kwargs, "position_ids": None}
         cut["position_embeddings"] = self._embeddings(kwargs, hidden, rotary)
         mask = kwargs.get("attention_mask")
-        cut["attention_mask"] = self._prompt_mask(mask, is_static(kwargs))
+        cut["attention_mask"] = self.prompt_mask(mask, is_static(kwargs))
         return cut
 
     def _embeddings(
@@ -121,7 +121,8 @@ class Cut:
         cut["attention_mask"] = mask
         return cut
 
-    def _prompt_mask(self, mask: Tensor | None, static: bool) -> Tensor | None:
+    def prompt_mask(self, mask: Tensor | None, static: bool = False) -> Tensor | None:
+        """Returns a mask of the prompt at these rows and columns, None where order says it all."""
         if mask is None and not self.padded:
             return None  # order is kept, so causal stays causal
         valid, n = self.valid, self.index.shape[1]

@@ -14,7 +14,7 @@ from vtprune.engine.items import Item
 from vtprune.engine.places import places
 from vtprune.engine.report import StageReport
 from vtprune.engine.split import Split
-from vtprune.types import DecoderNeed
+from vtprune.types import DecoderNeed, RowNeed
 
 
 @dataclass
@@ -26,12 +26,15 @@ class Decoding:
         patches: ``[B, L]`` bool, visual ones that are made of patches.
         images: per prompt those of each of its images, before any left.
         cuts: by layer, what is left from that layer on.
-        rows: what was read, ``[B, L, ...]`` over the columns of the prompt.
+        rows: what was read, ``[B, L, ...]`` over the columns of the prompt; of a whole row
+            ``[B, ...]``.
         left: what the stages did, for the report.
         where: returns the place of each token as ``near`` takes it, ``[B, L, 4]``.
         splits: by layer of the cut, -1 before any, which rows are visual.
         windows: by that layer and a radius, which tokens are close to each other.
         acted: layers in which a rule changed attention.
+        chosen: by layer, the tokens that attention was computed for.
+        kept: by layer, those of them that alone are left in its cache.
         spared: multiply-accumulates of the prompt that row rules left out.
     """
 
@@ -48,6 +51,8 @@ class Decoding:
     splits: dict[int, Split] = field(default_factory=dict)
     windows: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     acted: set[int] = field(default_factory=set)
+    chosen: dict[int, Cut] = field(default_factory=dict)
+    kept: dict[int, Cut] = field(default_factory=dict)
     spared: float = 0.0
 
     @classmethod
@@ -86,19 +91,30 @@ class Decoding:
             masks = (self.valid, self.visual, self.patches)
             self.valid, self.visual, self.patches = (mask.to(device) for mask in masks)
             self.cuts = {layer: cut.to(device) for layer, cut in self.cuts.items()}
+            self.kept = {layer: cut.to(device) for layer, cut in self.kept.items()}
             self.rows = {need: value.to(device) for need, value in self.rows.items()}
         return self
 
     def move(self, row: int, source: Tensor, target: Tensor) -> None:
         """Lets what was read of columns ``[K]`` of a row follow the tokens to others."""
         if not torch.equal(source, target):
-            for value in self.rows.values():
-                value[row, target] = value[row, source]
+            for need, value in self.rows.items():
+                if not isinstance(need, RowNeed):
+                    value[row, target] = value[row, source]
+
+    def at(self, need: DecoderNeed, row: int, columns: Tensor) -> Tensor:
+        """Returns what was read of these columns ``[K]`` of a row, or of the row as a whole."""
+        value = self.rows[need][row]
+        return value if isinstance(need, RowNeed) else value[columns]
 
     def cut(self, layer: int) -> Cut | None:
         """What ``layer`` still sees; None = everything."""
         before = [at for at in self.cuts if at <= layer]
         return self.cuts[max(before)] if before else None
+
+    def cached(self, layer: int) -> Cut | None:
+        """What the cache of ``layer`` holds of the prompt; None = everything."""
+        return self.kept.get(layer) or self.cut(layer)
 
     def final(self) -> Cut | None:
         return self.cut(max(self.cuts, default=0))

@@ -26,7 +26,7 @@ from vtprune.engine.tap import reading
 from vtprune.engine.timing import timed
 from vtprune.engine.transition import watch
 from vtprune.errors import UnsupportedError
-from vtprune.types import DecoderNeed, Inside, Selection, Transition
+from vtprune.types import DecoderNeed, Inside, RowNeed, Selection, Transition
 
 
 class Layers:
@@ -36,6 +36,7 @@ class Layers:
         model: the language model; ``layers`` its decoder layers in order.
         steps: stages with site ``DECODER``, in order of their layers.
         current: returns the running call's ``Decoding``, or None to leave a call alone.
+        forgetting: layers whose cache may lose tokens that do not leave.
     """
 
     def __init__(
@@ -44,8 +45,10 @@ class Layers:
         layers: Sequence[nn.Module],
         steps: Sequence[Step],
         current: Callable[[], Decoding | None],
+        forgetting: Sequence[int] = (),
     ) -> None:
         self.model, self.layers, self.current = model, list(layers), current
+        self.forgetting = forgetting
         self.steps = {step.stage.layer or 0: step for step in steps}
         needs = [n for s in steps for n in s.stage.quantities if isinstance(n, DecoderNeed)]
         self.needs = list(dict.fromkeys(needs))
@@ -54,7 +57,7 @@ class Layers:
         """Registers the hooks; ``undo`` takes them off."""
         begin = self.model.register_forward_pre_hook(self._begin, with_kwargs=True)
         undo.callback(begin.remove)
-        acting = [*(need.layer for need in self.needs), *self.steps]
+        acting = [*(need.layer for need in self.needs), *self.steps, *self.forgetting]
         first = min(acting, default=len(self.layers))
         for number in range(first, len(self.layers)):
             hook = self.layers[number].register_forward_pre_hook(
@@ -96,7 +99,7 @@ class Layers:
             decoding.on(device)
             if not decoding.prefilled:
                 return self._prefill(decoding, number, hidden, rest)
-            cut = decoding.cut(number)
+            cut = decoding.cached(number)
             if cut is None:
                 return None
             seen = rest["past_key_values"].get_seq_length(number) + cut.length - cut.index.shape[1]
@@ -163,14 +166,17 @@ class Layers:
         hidden: Tensor,
         kwargs: dict[str, Any],
     ) -> Tensor:
-        """Returns what is needed of the layer that comes now, ``[B, L, ...]`` over the prompt."""
+        """Returns what is needed of the layer that comes now, ``[B, L, ...]`` over the prompt.
+
+        That of a whole row is ``[B, ...]``.
+        """
         columns = decoding.cut(need.layer) or Cut.whole(decoding.valid)
         length = decoding.valid.shape[1]
         visual = columns.of(decoding.visual)
         if type(need) in STATES:
             with torch.no_grad():
                 read = STATES[type(need)](self.model, hidden, kwargs, columns.valid, visual)
-            return columns.spread(read, length)
+            return read if isinstance(need, RowNeed) else columns.spread(read, length)
         layer: Any = self.layers[need.layer]
         rows = READERS[type(need)](layer.self_attn, columns.valid, visual)
         with torch.no_grad(), reading(rows), rows.only():  # as far as its queries and keys
@@ -227,7 +233,7 @@ class Layers:
             tuple(int(decoding.visual[b].sum()) for b in spots),
             tuple(int(columns.valid[b, : int(places[0])].sum()) for b, places in spots.items()),
             tuple(
-                {need: decoding.rows[need][b, columns.index[b, places]] for need in needs}
+                {need: decoding.at(need, b, columns.index[b, places]) for need in needs}
                 for b, places in later.items()
             ),
             tuple(tuple(decoding.images[b // decoding.copies]) for b in spots),
@@ -236,9 +242,7 @@ class Layers:
             [hidden[b, places] for b, places in spots.items()],
             [None] * len(spots),
             {
-                need: [
-                    decoding.rows[need][b, columns.index[b, places]] for b, places in spots.items()
-                ]
+                need: [decoding.at(need, b, columns.index[b, x]) for b, x in spots.items()]
                 for need in needs
             },
             None,

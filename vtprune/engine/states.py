@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vtprune.kernels._common import full_precision
-from vtprune.types import DecoderNeed, Likeness, Normed, Turned
+from vtprune.types import DecoderNeed, Likeness, Normed, TextState, Turned
 
 # Of the model, hidden states [B, n, D], what else the layer is called with, and which of the n
 # columns are tokens, and visual ones, [B, n] bool.
@@ -42,8 +42,23 @@ def _turned(
     return cos + torch.cat([-sin[..., :half], sin[..., half:]], dim=-1)
 
 
+def _text_state(
+    model: Any, hidden: Tensor, kwargs: dict[str, Any], valid: Tensor, visual: Tensor
+) -> Tensor:
+    value = torch.zeros(len(hidden), 2 * hidden.shape[2], device=hidden.device)
+    after = valid & (visual.flip(1).cumsum(1).flip(1) == 0)
+    for b in visual.any(1).nonzero()[:, 0].tolist():
+        spots = after[b].nonzero()[:, 0]
+        spots = spots if len(spots) else valid[b].nonzero()[-1:, 0]
+        states = hidden[b, spots].float()
+        before = states[:-1] if len(states) > 1 else states  # the mean of none is no number
+        value[b] = torch.cat([before.mean(0), states[-1]])
+    return value
+
+
 STATES: dict[type[DecoderNeed], Reading] = {
     Normed: _normed,
     Likeness: _likeness,
+    TextState: _text_state,
     Turned: _turned,
 }

@@ -23,8 +23,10 @@ def published(layers: Sequence[Any], rules: Mapping[int, RowRule], decoding: Dec
     for number in range(len(layers)):
         cut, rule = decoding.cut(number), rules.get(number, RowRule())
         visual = decoding.visual if cut is None else cut.of(decoding.visual)
-        for n in visual.sum(1).tolist():
-            made += rule.macs(n, width, ffn, heads)
+        cut = decoding.chosen.get(number)
+        chosen = None if cut is None else cut.of(decoding.visual.to(cut.index.device)).sum(1)
+        for b, n in enumerate(visual.sum(1).tolist()):
+            made += rule.macs(n, width, ffn, heads, None if chosen is None else int(chosen[b]))
         for n in decoding.visual.sum(1).tolist():
             full += RowRule().macs(n, width, ffn)
     return made / full if full else 1.0

@@ -144,7 +144,8 @@ class Handle:
         undo.callback(hook.remove)
         undo.callback(language_model.register_forward_hook(self._measure).remove)
         if self.acts_inside:
-            layers = Layers(language_model, self.adapter.decoder, self.inside, self._current)
+            decoder, forgetting = self.adapter.decoder, self._computing.choosing
+            layers = Layers(language_model, decoder, self.inside, self._current, forgetting)
             layers.install(undo)
             self._computing.install(undo)
         for name, replacement in (("generate", self._generate), ("forward", self._forward)):
@@ -227,7 +228,7 @@ class Handle:
         cut = None if decoding is None else decoding.final()
         if cut is not None:
             self.index = self.final
-        if not prompt.changed and cut is None:
+        if not prompt.changed and cut is None and not (decoding and decoding.kept):
             return result
         for value in result.values() if isinstance(result, Mapping) else result:
             if isinstance(value, Cache):

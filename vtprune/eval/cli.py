@@ -24,6 +24,7 @@ from vtprune.eval import doctor as checking
 from vtprune.eval import samples, shipped
 from vtprune.eval import scenes as making
 from vtprune.eval import show as showing
+from vtprune.eval import train_gates as gating
 from vtprune.eval.budgets import BUDGETS, STRATEGIES, Point, parse_keep, points, split
 from vtprune.eval.export import write_parquet
 from vtprune.eval.output import progress_bar, write_output
@@ -209,6 +210,42 @@ def calibrate(
     for layer, made in found:
         console.print(f"{layer:>5}  {made:.3g}")
     console.print(f"File: {escape(str(out))}; wrap(model, 'shortv', layers=...) takes the first.")
+
+
+@app.command()
+def train(
+    strategy: Annotated[str, typer.Argument(help="dyvte: its gates.")],
+    model: Model = shipped.DEFAULT,
+    samples: Annotated[int, typer.Option(min=8, help="Scenes; a quarter calibrates.")] = 512,
+    out: Annotated[Path, typer.Option(help="File to write; beside it what resumes it.")] = Path(
+        "gates.safetensors"
+    ),
+    form: Annotated[str, typer.Option(help="shared (one small gate) or per_layer.")] = "shared",
+    seed: Annotated[int, typer.Option(min=0, max=10**9, help="Of the gates' weights.")] = 0,
+    device: Annotated[str, typer.Option(help="As torch names it.")] = "cpu",
+    dtype: Annotated[str, typer.Option(help=f"One of {', '.join(shipped.DTYPES)}.")] = "float32",
+) -> None:
+    """Train what a strategy asks of a model, from answers that the model gives itself."""
+    if strategy != "dyvte":
+        strategy_class(strategy)
+        raise ConfigError(f"{strategy} has nothing to train; only 'dyvte' does.")
+    console = Console(highlight=False, soft_wrap=True)
+    with progress_bar(console) as progress:
+        bar = progress.add_task("samples", total=samples)
+        found = gating.train_dyvte(
+            model,
+            out,
+            samples=samples,
+            form=form,
+            seed=seed,
+            device=device,
+            dtype=dtype,
+            advance=lambda n: progress.advance(bar, n),
+        )
+    console.print("layer  may leave  gate is right (of held-out samples)")
+    for layer, (may, right) in found.items():
+        console.print(f"{layer:>5}  {may:>9.0%}  {right:>13.0%}")
+    console.print(f"File: {escape(str(out))}; wrap(model, 'dyvte', keep=..., gates=FILE).")
 
 
 @app.command("list")

@@ -69,8 +69,9 @@ def row(name: str) -> tuple[str, ...]:
 
 def _tokens(name: str) -> str:
     """Returns what becomes of tokens."""
-    if strategy_class(name).kind == "compute":
-        return "all stay"
+    whole = {"compute": "all stay", "exit": "all or none pruned"}
+    if strategy_class(name).kind in whole:
+        return whole[strategy_class(name).kind]
     return "merged" if merges(name) else "pruned"
 
 

@@ -1,0 +1,115 @@
+"""Attention among some tokens of a prompt, chosen in that layer, and a cache of those alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vtprune.engine.cuts import Cut
+from vtprune.engine.decoding import Decoding
+from vtprune.engine.masks import explicit
+from vtprune.engine.timing import part
+from vtprune.errors import UnsupportedError
+from vtprune.rules import Chooser
+
+# Layers of a cache that grow with every token, so that they may be shorter too.
+GROWING = {"DynamicLayer", "DynamicSlidingWindowLayer"}
+
+
+def among_chosen(
+    number: int,
+    decoding: Decoding,
+    chooser: Chooser,
+    forward: Callable[..., tuple[Tensor, Any]],
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    *args: Any,
+    **kwargs: Any,
+) -> tuple[Tensor, Any]:
+    """Returns what attention gives in layer ``number``, ``[B, L, H, d]``; 0 of who is not chosen.
+
+    Text always is.
+
+    Raises:
+        UnsupportedError: the cache has a fixed length.
+    """
+    length = query.shape[2]
+    if key.shape[2] != length:
+        raise UnsupportedError(
+            f"Layer {number} has {key.shape[2]} keys for {length} queries, but tokens that are not "
+            "chosen leave its cache. Leave cache_implementation out."
+        )
+    columns = decoding.cut(number) or Cut.whole(decoding.valid)
+    valid, visual = (x.to(query.device) for x in (columns.valid, columns.of(decoding.visual)))
+    seen = explicit(mask, module, query, key, kwargs)
+    with part("score"):
+        scale = kwargs.get("scaling")
+        stays = _chosen(chooser, decoding.copies, query, key, seen, valid, visual, scale)
+    few = Cut.whole(valid).keep(stays, valid, renumber=False)
+    parts = (_pick(x, few.index) for x in (query, key, value))
+    mask = few.prompt_mask(seen if few.padded else mask)
+    out, weights = forward(module, *parts, mask, *args, **kwargs)
+    own = columns.index.to(query.device).gather(1, few.index.clamp(min=0))
+    index = own.masked_fill(few.index < 0, -1)
+    decoding.chosen[number] = replace(columns, index=index, moved=None, padded=few.padded)
+    spared = length**2 - few.index.shape[1] ** 2
+    decoding.spared += 2 * spared * query[:, :, 0].numel()
+    return few.spread(out, length), weights
+
+
+@torch.no_grad()
+def _chosen(
+    chooser: Chooser,
+    copies: int,
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor,
+    valid: Tensor,
+    visual: Tensor,
+    scale: float | None,
+) -> Tensor:
+    """Returns which tokens are, ``[B, L]`` bool; decided once per prompt, its copies follow."""
+    stays = valid & ~visual
+    for b in range(0, len(query), copies):
+        spots = valid[b].nonzero()[:, 0]
+        asking = spots[chooser.asking(len(spots)).to(spots.device)]
+        rows = mask[b if len(mask) > 1 else 0, 0, asking][:, spots]
+        seen = rows if rows.dtype == torch.bool else rows >= 0
+        q, k = query[b : b + 1, :, asking], key[b : b + 1, :, spots]
+        stays[b : b + copies, spots] |= chooser.choose(q, k, seen, scale)
+    return stays
+
+
+def forget(cache: Any, number: int, decoding: Decoding) -> None:
+    """Leaves in a layer's cache what was chosen in it alone.
+
+    Raises:
+        UnsupportedError: a cache that cannot be shortened.
+    """
+    held: Any = cache.layers[number]
+    if type(held).__name__ not in GROWING:
+        raise UnsupportedError(
+            f"The cache of layer {number} is a {type(held).__name__}, from which no token can be "
+            "taken. Leave cache_implementation out."
+        )
+    chosen, columns = decoding.chosen[number], decoding.cut(number) or Cut.whole(decoding.valid)
+    places = torch.arange(columns.index.shape[1], device=columns.index.device)
+    where = columns.spread(places.expand(columns.index.shape), columns.length)
+    index = where.to(chosen.index.device).gather(1, chosen.index.clamp(min=0))
+    held.keys, held.values = (_pick(x, index) for x in (held.keys, held.values))
+    if hasattr(held, "cumulative_length"):
+        held.cumulative_length = index.shape[1]
+    decoding.kept[number] = chosen
+
+
+def _pick(x: Tensor, index: Tensor) -> Tensor:
+    """Returns the tokens ``index`` ``[B, n]`` of ``x`` ``[B, H, L, d]``, -1 = any."""
+    rows = index.clamp(min=0)[:, None, :, None]
+    return x.gather(2, rows.expand(-1, x.shape[1], -1, x.shape[3]))
