@@ -16,9 +16,12 @@ import platform
 import shlex
 import statistics
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,7 +31,11 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 
 import vtprune
 from vtprune.engine.report import Report
-from vtprune.registry import strategy_class, strategy_names
+from vtprune.eval.train_gates import Labelled, Reading, margins_of
+from vtprune.gates import make, save
+from vtprune.projectors import Projector, Projectors
+from vtprune.registry import build, strategy_names
+from vtprune.types import Strategy
 
 IMAGE, VOCAB = 999, 1000
 SIDE, PATCH = 336, 14
@@ -64,7 +71,7 @@ class Round:
         return self.report.ms[phase] - sum(inside)
 
 
-def build(args: argparse.Namespace) -> Any:
+def build_model(args: argparse.Namespace) -> Any:
     """Returns the model: a CLIP tower and a Llama decoder of the same width."""
     heads = args.width // 64
     vision = CLIPVisionConfig(
@@ -116,10 +123,35 @@ def free(model: Any, pixels: Tensor, short: dict[str, Tensor], keep: int) -> Rou
     return Round(now(model.device) - began)
 
 
-def pruned(model: Any, inputs: dict[str, Any], strategy: str, keep: int | float) -> Round:
+def untrained(model: Any, inputs: dict[str, Any], folder: Path) -> dict[str, Strategy]:
+    """Returns the strategies that need training, with random weights: these take as long.
+
+    The gates are calibrated on the prompt that is timed, so that tokens leave as the budget says.
+    """
+    text, features = model.config.text_config, model.config.vision_config.hidden_size
+    depth, width = text.num_hidden_layers, text.hidden_size
+    gates, reading = make("shared", depth, 2 * width), Reading()
+    with vtprune.wrap(model, reading, keep=1.0):
+        first_token(model, inputs)
+    states = reading.states()
+    gates.margins = margins_of(gates, Labelled(states, torch.zeros(1, depth)))
+    save(gates, folder / "gates.safetensors")
+    made = Projectors([Projector(features, width, width) for _ in range(depth)])
+    return {
+        "dyvte": build("dyvte", gates=str(folder / "gates.safetensors")),
+        "saisa": build("saisa", projectors=made.to(model.device)),
+    }
+
+
+def wrapped(model: Any, strategy: Strategy, keep: int | float) -> vtprune.Handle:
+    """Returns the handle of a strategy; one from which no token leaves gets no budget."""
+    budget = None if strategy.kind == "compute" else keep
+    return vtprune.wrap(model, strategy, keep=budget, processor=Processor())
+
+
+def pruned(model: Any, inputs: dict[str, Any], strategy: Strategy, keep: int | float) -> Round:
     """Returns a round under a strategy; installing and removing it are not counted."""
-    budget = None if strategy_class(strategy).kind == "compute" else keep
-    with vtprune.wrap(model, strategy, keep=budget, processor=Processor()) as handle:
+    with wrapped(model, strategy, keep) as handle:
         ms = first_token(model, inputs)
         handle.timing = True
         first_token(model, inputs)
@@ -128,17 +160,18 @@ def pruned(model: Any, inputs: dict[str, Any], strategy: str, keep: int | float)
 
 def unpruned(model: Any, inputs: dict[str, Any]) -> Round:
     """Returns a round of the bare model; its phases are those of a handle that keeps all."""
-    return replace(pruned(model, inputs, "strided", 1.0), ms=first_token(model, inputs))
+    return replace(pruned(model, inputs, build("strided"), 1.0), ms=first_token(model, inputs))
 
 
-def fitting(model: Any, names: Sequence[str], keep: int) -> tuple[list[str], list[str]]:
+def fitting(
+    model: Any, strategies: dict[str, Strategy], keep: int
+) -> tuple[dict[str, Strategy], list[str]]:
     """Returns the strategies that take the model and the budget, and what the others say."""
-    fit, refused = [], []
-    for name in names:
-        budget = None if strategy_class(name).kind == "compute" else keep
+    fit, refused = {}, []
+    for name, strategy in strategies.items():
         try:
-            vtprune.wrap(model, name, keep=budget, processor=Processor()).remove()
-            fit.append(name)
+            wrapped(model, strategy, keep).remove()
+            fit[name] = strategy
         except vtprune.VTPruneError as error:
             refused.append(f"{name} left out: {error}")
     return fit, refused
@@ -244,20 +277,34 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Measures and prints the table."""
+    """Builds model and input, and measures."""
     args = parse()
-    model = build(args)
+    model = build_model(args)
     generator = torch.Generator().manual_seed(2)
     pixels = torch.randn(1, 3, SIDE, SIDE, generator=generator).to(model.device, model.dtype)
     inputs = {**prompt(N, model.device), "pixel_values": pixels}
+    with tempfile.TemporaryDirectory() as folder:
+        trained = untrained(model, inputs, Path(folder))
+        given = {name: trained.get(name) or build(name) for name in args.strategies}
+        report(args, model, pixels, inputs, given)
+
+
+def report(
+    args: argparse.Namespace,
+    model: Any,
+    pixels: Tensor,
+    inputs: dict[str, Any],
+    strategies: dict[str, Strategy],
+) -> None:
+    """Measures the strategies that fit and prints the tables."""
     short = prompt(args.keep, model.device)
-    names, refused = fitting(model, args.strategies, args.keep)
+    fit, refused = fitting(model, strategies, args.keep)
     calls: dict[str, Callable[[], Round]] = {
         "unpruned": lambda: unpruned(model, inputs),
         "free": lambda: free(model, pixels, short, args.keep),
     }
-    for name in names:
-        calls[name] = lambda name=name: pruned(model, inputs, name, args.keep)
+    for name, strategy in fit.items():
+        calls[name] = partial(pruned, model, inputs, strategy, args.keep)
     found = measure(calls, args.rounds)
     print(conditions(args, model), table(found), balance(found), *refused, sep="\n\n")
 

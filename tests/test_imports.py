@@ -20,20 +20,23 @@ OPTIONAL = {"lmms_eval", "matplotlib", "open_clip", "pyarrow", "rich", "scipy", 
 OPTIONAL |= {"triton", "typer", "vllm"}
 
 VOCABULARY = {"vtprune.types", "vtprune.needs", "vtprune.selection", "vtprune.budget"}
-VOCABULARY |= {"vtprune.errors", "vtprune.kernels", "vtprune.rules"}
-GATES = "vtprune.gates"
+VOCABULARY |= {"vtprune.errors", "vtprune.kernels", "vtprune.rules", "vtprune.signals"}
+TRAINED = {"vtprune.gates", "vtprune.projectors"}
 # Folder or file -> what it may import besides the standard library.
 ALLOWED = {
     "errors": set(),
     "budget": {"vtprune.errors"},
     "kernels": {"vtprune.errors", "vtprune.kernels", "torch", "triton"},
     "needs": {"vtprune.errors"},
-    "rules": {"vtprune.errors", "torch"},
+    "rules": {"vtprune.errors", "vtprune.needs", "torch"},
     "selection": {"vtprune.kernels", "torch"},
+    "signals": {"vtprune.errors", "vtprune.needs", "torch"},
     "types": {*VOCABULARY, "torch"},
     "scoring": {*VOCABULARY, "vtprune.scoring", "torch"},
-    "gates": {*VOCABULARY, "vtprune.scoring", "safetensors", "torch"},
-    "strategies": {*VOCABULARY, GATES, "vtprune.scoring", "vtprune.strategies", "torch"},
+    "gates": {*VOCABULARY, "vtprune.scoring", "vtprune.trained", "safetensors", "torch"},
+    "trained": {"vtprune.errors", "safetensors", "torch"},
+    "projectors": {*VOCABULARY, "vtprune.trained", "safetensors", "torch"},
+    "strategies": {*VOCABULARY, *TRAINED, "vtprune.scoring", "vtprune.strategies", "torch"},
     "vlm_adapters": {*VOCABULARY, "vtprune.vlm_adapters", "torch", "transformers"},
     "flops": {"vtprune.errors"},
     "registry": {*VOCABULARY, "vtprune.strategies", "vtprune.vlm_adapters"},

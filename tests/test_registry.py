@@ -16,6 +16,8 @@ from vtprune.registry import (
     adapter_classes,
     build,
     keeping_names,
+    read,
+    spell,
     strategy_class,
     strategy_names,
 )
@@ -185,3 +187,40 @@ def test_every_adapter_serves_a_class() -> None:
     served = [cls for adapter in adapter_classes() for cls in adapter.classes]
     assert "LlavaForConditionalGeneration" in served
     assert len(set(served)) == len(served)
+
+
+@pytest.mark.parametrize(
+    ("text", "name", "options", "spelled"),
+    [
+        ("zipvl", "zipvl", {}, "zipvl"),
+        (" zipvl ( tau = 0.96 ) ", "zipvl", {"tau": 0.96}, "zipvl(tau=0.96)"),
+        ("fastv()", "fastv", {}, "fastv"),
+        (
+            "yopo(layers=(3,), heads=((0,), (1, 2)), window=None)",
+            "yopo",
+            {"layers": (3,), "heads": ((0,), (1, 2)), "window": None},
+            "yopo(layers=(3,), heads=((0,), (1, 2)), window=None)",
+        ),
+    ],
+)
+def test_a_strategy_is_written_with_options(text, name, options, spelled):
+    assert read(text) == (name, options)
+    assert spell(text) == spelled
+    assert read(spelled) == (name, options)
+
+
+@pytest.mark.parametrize(
+    "text", ["zipvl(0.96)", "zipvl(tau=", "zipvl(tau=open('x'))", "a.b(c=1)", "f(a=1) + 2", "(1,)"]
+)
+def test_a_strategy_written_in_another_way_is_refused(text):
+    with pytest.raises(ConfigError, match=r"is not understood. Write .* zipvl\(tau=0.96\)"):
+        build(text)
+
+
+def test_options_are_read_like_those_beside_the_name():
+    assert build("zipvl(tau=0.96)") == build("zipvl", tau=0.96)
+    assert build("fastv(layers=(3,))") == build("fastv", layers=(3,))
+    with pytest.raises(ConfigError, match=r"Unknown option of zipvl.* 'tao'. Did you mean 'tau'"):
+        build("zipvl(tao=0.96)")
+    with pytest.raises(ConfigError, match="tau: given twice"):
+        build("zipvl(tau=0.96)", tau=0.9)

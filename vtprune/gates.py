@@ -9,7 +9,6 @@ may have ``margins`` ``[S, L]``, those of S samples before each layer, which say
 
 from __future__ import annotations
 
-import os
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal, cast
@@ -17,17 +16,18 @@ from typing import Literal, cast
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from vtprune.errors import ConfigError, InputError
 from vtprune.kernels._common import full_precision
 from vtprune.scoring.exits import threshold_for
+from vtprune.trained import Trained, stamp, write
 
 Form = Literal["shared", "per_layer"]
-SHIPPED = Path(__file__).parent / "eval" / "models"  # a folder per model, its gates in it
 FILE = "dyvte_gates.safetensors"
 TRAIN = "Train some with 'vtprune train dyvte --model ... --out FILE' and give gates=FILE."
+KIND = Trained("gates", FILE, TRAIN)
 
 
 class Gates(nn.Module):
@@ -115,38 +115,18 @@ def make(form: Form, depth: int, width: int, hidden: int | None = None) -> Gates
     return cls(depth, width) if hidden is None else cls(depth, width, hidden)
 
 
-def find(name: str) -> Path:
-    """Returns the file that ``name`` means: a path, or a model whose gates are in the package.
-
-    Raises:
-        ConfigError: there is none.
-    """
-    path = Path(os.path.expanduser(name))
-    if path.is_file():
-        return path
-    shipped = {file.parent.name: file for file in SHIPPED.glob(f"*/{FILE}")}
-    if name not in shipped:
-        known = ", ".join(map(repr, shipped)) or "none"
-        raise ConfigError(
-            f"gates={name!r} is neither a file nor a model whose gates come with this package "
-            f"({known}). {TRAIN}"
-        )
-    return shipped[name]
-
-
 def load(name: str, device: torch.device | str = "cpu") -> Gates:
-    """Returns the gates of a file or a shipped model, as ``find`` takes it; read once per device.
+    """Returns the gates of a file, a folder or a shipped model, read once per device.
 
     Raises:
         ConfigError: no such file, or one that holds no gates.
     """
-    path = find(name)
-    stat = path.stat()
-    return _load(path, (stat.st_mtime_ns, stat.st_size), torch.device(device))
+    path = KIND.find(name)
+    return _load(path, stamp(path), torch.device(device))
 
 
 @lru_cache(maxsize=4)
-def _load(path: Path, stamp: tuple[int, int], device: torch.device) -> Gates:
+def _load(path: Path, changed: tuple[int, int], device: torch.device) -> Gates:
     try:
         tensors = load_file(path, device=str(device))
         margins = tensors.pop("margins", None)
@@ -165,10 +145,7 @@ def _load(path: Path, stamp: tuple[int, int], device: torch.device) -> Gates:
 
 def save(gates: Gates, path: Path) -> None:
     """Writes gates and their margins to a file, whole or not at all."""
-    tensors = {name: value.contiguous().cpu() for name, value in gates.state_dict().items()}
-    partial = path.with_name(f"{path.name}.partial")
-    save_file({**tensors, "margins": gates.margins.float().cpu()}, partial)
-    partial.replace(path)
+    write({**gates.state_dict(), "margins": gates.margins.float()}, path)
 
 
 @lru_cache(maxsize=256)

@@ -148,6 +148,10 @@ class Keys(TowerNeed):
     """
 
 
+class Patches(TowerNeed):
+    """Each patch as it leaves the block. ``[B, N, C]`` float32."""
+
+
 class Joint(TowerNeed):
     """Each patch in the space that a tower shares with its text tower. ``[B, N, d]`` float32.
 
@@ -213,7 +217,7 @@ class Facts:
     @staticmethod
     def signals_of(*, cls_row: bool) -> frozenset[type]:
         """Returns the signals of an ordinary tower, with or without a CLS token."""
-        kinds = {Received, Keys, Flow, InstructionText, *INSIDE}
+        kinds = {Received, Keys, Flow, Patches, InstructionText, *INSIDE}
         kinds |= {WideKeys, WideClsRow} if cls_row else {WideKeys}
         return frozenset(kinds | {ClsRow} if cls_row else kinds)
 

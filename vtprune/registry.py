@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import difflib
 import importlib
 import inspect
@@ -9,7 +10,7 @@ import pkgutil
 from collections.abc import Iterable
 from importlib.metadata import entry_points
 from types import ModuleType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import vtprune.strategies
 import vtprune.vlm_adapters
@@ -84,11 +85,39 @@ def strategy_class(name: str) -> type[Strategy]:
     return classes[0]
 
 
+def read(text: str) -> tuple[str, dict[str, Any]]:
+    """Returns the name and the options of a strategy as written: ``name`` or ``name(option=1)``.
+
+    Raises:
+        ConfigError: it is written in another way; values are Python literals.
+    """
+    if "(" not in text:
+        return text.strip(), {}
+    try:
+        match ast.parse(text.strip(), mode="eval").body:
+            case ast.Call(func=ast.Name(id=name), args=[], keywords=given):
+                return name, {str(one.arg): ast.literal_eval(one.value) for one in given}
+    except (SyntaxError, ValueError):
+        pass
+    raise ConfigError(
+        f"Strategy {text!r} is not understood. Write a name, with options as in zipvl(tau=0.96)."
+    )
+
+
+def spell(text: str) -> str:
+    """Returns the one spelling of a strategy as ``read`` takes it."""
+    name, options = read(text)
+    said = ", ".join(f"{option}={value!r}" for option, value in options.items())
+    return f"{name}({said})" if options else name
+
+
 def build(strategy: str | Strategy, **options: object) -> Strategy:
     """Returns the strategy of that name with these options, or the given instance.
 
+    A name may be written with options, as ``read`` takes them.
+
     Raises:
-        ConfigError: unknown strategy or option, or options beside an instance.
+        ConfigError: unknown strategy or option, one given twice, or options beside an instance.
     """
     if isinstance(strategy, Strategy):
         if options:
@@ -98,7 +127,11 @@ def build(strategy: str | Strategy, **options: object) -> Strategy:
         return strategy
     if not isinstance(strategy, str):
         raise ConfigError(f"strategy={strategy!r} is neither a name nor a Strategy.")
-    cls = strategy_class(strategy)
+    name, written = read(strategy)
+    cls = strategy_class(name)
+    if twice := written.keys() & options.keys():
+        raise ConfigError(f"{', '.join(sorted(twice))}: given twice; {strategy!r} says it already.")
+    options |= written
     for name in options:
         if name not in cls.options():
             raise unknown(f"option of {strategy}", name, cls.options())

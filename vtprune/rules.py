@@ -9,8 +9,11 @@ from typing import Literal, Protocol, get_args
 from torch import Tensor
 
 from vtprune.errors import ConfigError
+from vtprune.needs import TowerNeed
 
 Attend = Literal["all", "window", "self", "none", "chosen"]
+Others = Literal["keep", "drop", "pack"]
+BITS = (1, 2, 4, 8)
 
 
 class Chooser(Protocol):
@@ -36,12 +39,39 @@ class Chooser(Protocol):
         """
         ...
 
+    def choose_again(self, q: Tensor, k: Tensor, scale: float | None, new: int) -> Tensor:
+        """Returns which of the last ``new`` tokens still matter, ``[new]`` bool.
+
+        Args:
+            q: ``[1, H, 1, d]`` query of the very last one.
+            k: ``[1, Hkv, n, d]`` keys of all tokens that it sees; ``scale`` as above.
+        """
+        ...
+
+
+class Maker(Protocol):
+    """What makes the visual tokens of a layer, whatever they were before it."""
+
+    @property
+    def need(self) -> TowerNeed:
+        """What it makes them of."""
+        ...
+
+    def make(self, features: Tensor, width: int) -> Tensor:
+        """Returns ``[M, width]`` of what ``need`` reads of M tokens, ``[M, ...]``."""
+        ...
+
+    def macs(self) -> int:
+        """Returns its multiply-accumulates for one token."""
+        ...
+
 
 @dataclass(frozen=True)
 class RowRule:
     """What visual rows do while the prompt is read; tokens decoded later find whole keys.
 
-    Text rows are as ever and see all visual keys. The default changes nothing.
+    Unless ``others`` drop or pack. Text rows are as ever and see all visual keys. The default
+    changes nothing.
 
     Attributes:
         attend: what visual rows see: ``all`` as usual; of visual keys only a ``window`` in their
@@ -56,8 +86,14 @@ class RowRule:
             all.
         read: whether visual values count at all for who sees them.
         chooser: what chooses, if ``attend="chosen"``.
-        forget: whether what is not chosen leaves the cache, so that tokens decoded later do not see
-            it either.
+        others: what becomes in the cache of tokens that are not chosen: they ``keep`` as they are,
+            ``drop`` out, so that tokens decoded later do not see them either, or ``pack``: into few
+            bits, and so do the chosen ones.
+        bits: numbers of bits of packed tokens, of the chosen ones and of the others.
+        every: after so many decoded tokens it is chosen which of those matter, and the others drop
+            or pack too; None = never.
+        maker: what makes the tokens that enter the layer; None = they are what leaves the layer
+            before it. Those made of no patch are that anyway.
     """
 
     attend: Attend = "all"
@@ -66,7 +102,10 @@ class RowRule:
     heads: tuple[int, ...] | None = None
     read: bool = True
     chooser: Chooser | None = None
-    forget: bool = False
+    others: Others = "keep"
+    bits: tuple[int, int] = (4, 2)
+    every: int | None = None
+    maker: Maker | None = None
 
     def __post_init__(self) -> None:
         if self.attend not in get_args(Attend):
@@ -81,13 +120,26 @@ class RowRule:
                 f"attend={self.attend!r} with chooser={self.chooser}: attend='chosen' and a "
                 "chooser go together. Give both or none."
             )
-        if self.forget and self.chooser is None:
-            raise ConfigError("forget=True drops what is not chosen; give a chooser too.")
+        self._check_cache()
+
+    def _check_cache(self) -> None:
+        if self.others not in get_args(Others):
+            known = ", ".join(map(repr, get_args(Others)))
+            raise ConfigError(f"others={self.others!r} is unknown; choose one of {known}.")
+        if self.others != "keep" and self.chooser is None:
+            raise ConfigError(f"others={self.others!r} are those not chosen; give a chooser too.")
+        bits = self.bits if isinstance(self.bits, tuple) else ()
+        if len(bits) != 2 or any(type(n) is not int or n not in BITS for n in bits):
+            raise ConfigError(
+                f"bits={self.bits!r}: give those of chosen and of other tokens, two of {BITS}."
+            )
+        if self.every is not None and (type(self.every) is not int or self.every < 1):
+            raise ConfigError(f"every={self.every!r} is no number of tokens; give 1 or more.")
 
     @property
-    def changes_attention(self) -> bool:
-        """Whether attention itself is another than that of the model."""
-        return self.attend != "all"
+    def needs(self) -> tuple[TowerNeed, ...]:
+        """What has to be read in the tower."""
+        return () if self.maker is None else (self.maker.need,)
 
     def macs(
         self, tokens: int, width: int, ffn: int, heads: int = 1, chosen: int | None = None
@@ -95,7 +147,7 @@ class RowRule:
         """Returns multiply-accumulates of ``tokens`` visual tokens alone, by the published formula.
 
         That is 4 n d^2 + 2 n^2 d + 3 n d m for a whole layer, whose queries, keys, values and
-        output count alike (the formula knows no shared key/value heads).
+        output count alike (the formula knows no shared key/value heads), and what makes them.
 
         Args:
             width: d, of the hidden states; ``ffn``: m, of the gated MLP.
@@ -109,7 +161,8 @@ class RowRule:
             seen["chosen"] = most**2 / max(1, tokens)
         made = {"none": 2, "self": 3}.get(self.attend, 4)  # of queries, keys, values, output
         rows = made * share * width**2 + 2 * seen.get(self.attend, 0) * width
-        return tokens * (rows + 3 * self.mlp * width * ffn)
+        making = 0 if self.maker is None else self.maker.macs()
+        return tokens * (making + rows + 3 * self.mlp * width * ffn)
 
     def __str__(self) -> str:
         side = 2 * self.radius + 1
@@ -123,4 +176,6 @@ class RowRule:
             said.append(f"{len(self.heads)} key/value heads")
         if not self.read:
             said.append("values unread")
+        if self.maker is not None:
+            said.append(str(self.maker))
         return ", ".join(said) or "as ever"

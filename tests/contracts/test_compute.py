@@ -5,10 +5,13 @@ from __future__ import annotations
 import dataclasses
 
 import pytest
+import torch
 
 import vtprune
 from tests.contracts.bank import TOWERS, make_signals
+from tests.projectors import given
 from vtprune.errors import ConfigError, UnsupportedError
+from vtprune.projectors import Projector, Projectors
 from vtprune.registry import build, strategy_class, strategy_names
 from vtprune.types import RowRule, Site
 
@@ -22,7 +25,7 @@ def facts_of(depth: int):
 
 
 def test_the_bank_is_not_empty() -> None:
-    assert {"eemllm", "naavit", "shortv", "yopo", "zipvl"} <= set(NAMES)
+    assert {"eemllm", "naavit", "saisa", "shortv", "yopo", "zipvl"} <= set(NAMES)
 
 
 @each
@@ -37,13 +40,15 @@ def test_a_plan_is_a_rule_for_each_of_some_layers(name: str, depth: int) -> None
     for stage in stages:
         assert stage.site is Site.DECODER
         assert isinstance(stage.rule, RowRule)
-        assert not stage.needs
+        assert stage.needs == stage.rule.needs
 
 
 @each
 def test_something_is_saved_by_the_formula(name: str) -> None:
     shape = {"tokens": 576, "width": 4096, "ffn": 11008}
-    rules = [stage.rule for stage in build(name).plan(facts_of(32))]
+    with torch.device("meta"):
+        projectors = Projectors([Projector(1024, 4096, 4096)] * 32)
+    rules = [stage.rule for stage in given(name, projectors).plan(facts_of(32))]
     costs = [rule.macs(**shape, heads=32) for rule in rules if rule is not None]
     assert all(0 < cost <= RowRule().macs(**shape) for cost in costs)
     assert sum(costs) < len(costs) * RowRule().macs(**shape)

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from tests import tiny
+from tests.engine.cache_reference import through_cache
 from vtprune.scoring.probing import probes
 from vtprune.types import RowRule
 
@@ -55,10 +56,7 @@ def chosen(
 
 
 def attended(rule: RowRule, seen: Tensor, visual: Tensor, scores: Tensor, v: Tensor) -> Tensor:
-    """What attention gives ``[B, H, L, d]``, from ``scores`` and ``v`` of all heads.
-
-    Of what probes choose ``visual`` are the others.
-    """
+    """What attention gives ``[B, H, L, d]``, from ``scores`` and ``v`` of all heads."""
     n, heads = seen.shape[1], scores.shape[1]
     both = visual[:, :, None] & visual[:, None, :]
     if rule.attend == "window":
@@ -71,9 +69,7 @@ def attended(rule: RowRule, seen: Tensor, visual: Tensor, scores: Tensor, v: Ten
     dropped = torch.tensor([h // groups not in kept for h in range(heads)])
     unread = visual[:, None, None, :] & (dropped[None, :, None, None] | (not rule.read))
     out = probabilities.masked_fill(unread, 0.0) @ v
-    silent = visual[:, None, :, None] & (
-        dropped[None, :, None, None] | (rule.attend in ("none", "chosen"))
-    )
+    silent = visual[:, None, :, None] & (dropped[None, :, None, None] | (rule.attend == "none"))
     return out.masked_fill(silent, 0.0)
 
 
@@ -102,15 +98,23 @@ def layer_by(
     )
     q, k = apply_rotary_pos_emb(q, k, *rotary)
     k, v = (y.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for y in (k, v))
-    scores, left_out = q @ k.mT * attention.scaling, visual
+    q = q * attention.scaling
+    scores = q @ k.mT
     if rule.attend == "chosen":
-        left_out = valid & ~chosen(rule, seen, visual, scores, valid, prompt)
-        seers = prompt if not rule.forget else seen.shape[1]
-        hidden_from = torch.arange(seen.shape[1]) < seers
-        seen = seen & ~(left_out[:, None] & hidden_from[:, None])
-    out = attended(rule, seen, left_out, scores, v)
+        stays = chosen(rule, seen, visual, scores, valid, prompt)
+        out = through_cache(rule, q, k, v, seen, stays, valid, prompt)
+    else:
+        out = attended(rule, seen, visual, scores, v)
     hidden = hidden + attention.o_proj(out.transpose(1, 2).flatten(2))
     return hidden + passed(rule, layer.mlp, layer.post_attention_layernorm(hidden), visual)
+
+
+def projected(maker: Any, features: Tensor) -> Tensor:
+    """What a layer's own projector makes of features ``[M, C]``."""
+    first, second = maker.source.layers[maker.layer].children()
+    x = features @ first.weight.T + first.bias
+    x = x * (1 + torch.erf(x / 2**0.5)) / 2
+    return x @ second.weight.T + second.bias
 
 
 @torch.no_grad()
@@ -126,6 +130,8 @@ def reference(
     From layer ``gone`` on nobody sees visual tokens.
     """
     text, embed = model.model.language_model, model.get_input_embeddings()
+    states = model.model.vision_tower(inputs["pixel_values"], output_hidden_states=True)
+    features = states.hidden_states[-2][:, 1:].flatten(0, 1)
     embeds = embed(inputs["input_ids"]).clone()
     visual = inputs["input_ids"] == tiny.IMAGE
     embeds[visual] = torch.cat(model.model.get_image_features(inputs["pixel_values"]).pooler_output)
@@ -137,6 +143,9 @@ def reference(
         rotary = text.rotary_emb(hidden, (valid.long().cumsum(1) - 1).clamp(min=0))
         for number, layer in enumerate(text.layers):
             rule = rules.get(number, RowRule())
+            if rule.maker is not None:
+                hidden = hidden.clone()
+                hidden[visual] = projected(rule.maker, features)
             sees = seen & ~visual[:, None] | torch.eye(n, dtype=torch.bool)
             seen_here = seen if number < gone else sees
             hidden = layer_by(

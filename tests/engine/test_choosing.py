@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -14,22 +16,20 @@ from vtprune.engine import choosing, computing
 from vtprune.engine.cuts import Cut
 from vtprune.engine.decoding import Decoding
 from vtprune.registry import build
-from vtprune.rules import RowRule
+from vtprune.rules import Others, RowRule
 from vtprune.strategies import zipvl
 
-WHOLE = (0, 1, 2, 3)
 
-
-def probed(tau: float, *layers: int, forget: bool = True) -> Given:
-    rule = RowRule(attend="chosen", chooser=zipvl.ZipVL(tau=tau), forget=forget)
-    return Given(given=rule, layers=layers or (1, 2, 3))
+def probed(tau: float, others: Others = "drop", **cache: Any) -> Given:
+    """Layers in which probes choose, and what becomes of the others in the cache."""
+    return Given(given=RowRule("chosen", chooser=zipvl.ZipVL(tau=tau), others=others, **cache))
 
 
 def lengths(model, inputs, strategy) -> list[int]:
     """Entries of each layer's cache after the prompt."""
     with vtprune.wrap(model, strategy):
         cache = model(**inputs).past_key_values
-    return [cache.get_seq_length(number) for number in WHOLE]
+    return [layer.keys.shape[2] for layer in cache.layers]
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -38,7 +38,7 @@ def lengths(model, inputs, strategy) -> list[int]:
 def test_attention_among_the_chosen_equals_its_definition(tau, shape, attention):
     model, inputs = tiny.build(attention=attention), BATCHES[shape]()
     assert_by_definition(model, inputs, probed(tau))
-    assert_by_definition(model, inputs, probed(tau, *WHOLE, forget=False))
+    assert_by_definition(model, inputs, probed(tau, "keep"))
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -61,9 +61,8 @@ def test_caches_hold_the_chosen_alone():
     model, inputs = tiny.build(), tiny.one_image()
     n = inputs["input_ids"].shape[1]
     few, more = (lengths(model, inputs, build("zipvl", tau=tau)) for tau in (0.3, 0.8))
-    assert few[0] == more[0] == n
-    assert all(n - tiny.N < a < b < n for a, b in zip(few[1:], more[1:], strict=True))
-    assert lengths(model, inputs, probed(0.3, forget=False)) == [n] * 4
+    assert all(n - tiny.N < a < b < n for a, b in zip(few, more, strict=True))
+    assert lengths(model, inputs, probed(0.3, "keep")) == [n] * 4
 
 
 def test_the_report_says_what_caches_hold_and_what_was_computed():
@@ -76,7 +75,7 @@ def test_the_report_says_what_caches_hold_and_what_was_computed():
     assert report.cache is not None
     assert report.rules is not None
     assert report.cache.held == held < report.cache.unpruned
-    assert "attend if chosen by ZipVL(layers=None, tau=0.3)" in str(report)
+    assert "attend if chosen by ZipVL(layers=None, tau=0.3, others='drop', " in str(report)
     rows, text = inputs["input_ids"].shape[1], model.config.text_config
     d, m = text.hidden_size, text.intermediate_size
     full = rows * (3 * d**2 + 3 * d * m) + 2 * rows**2 * d
@@ -157,8 +156,8 @@ def goes_red(patch, where, name, fault, error: type[Exception] = AssertionError)
 
 
 def test_keys_of_other_tokens(monkeypatch):
-    right = choosing._pick
-    goes_red(monkeypatch, choosing, "_pick", lambda x, index: right(x, index.roll(1, 1)))
+    right = choosing.pick
+    goes_red(monkeypatch, choosing, "pick", lambda x, index: right(x, index.roll(1, 1)))
 
 
 def test_answers_in_other_rows(monkeypatch):
@@ -191,4 +190,4 @@ def test_a_decode_mask_that_is_not_cut(monkeypatch):
 
 
 def test_a_cache_that_is_not_shortened(monkeypatch):
-    goes_red(monkeypatch, computing, "forget", lambda *args: None)
+    goes_red(monkeypatch, computing, "settle", lambda *args: None)

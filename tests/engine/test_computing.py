@@ -12,6 +12,7 @@ import vtprune
 from tests import tiny
 from tests.engine.rules_reference import reference
 from tests.probes import generate
+from tests.projectors import ready
 from vtprune import ConfigError, UnsupportedError
 from vtprune.engine import computing, split, tap
 from vtprune.engine.report import RuleReport
@@ -68,6 +69,7 @@ def rules_of(handle: vtprune.Handle) -> dict[int, RowRule]:
 
 
 def assert_by_definition(model, inputs, strategy, **options):
+    strategy = ready(strategy, model) if isinstance(strategy, str) else strategy
     with vtprune.wrap(model, strategy) as handle:
         ids, logits = generate(model, inputs, **options)
         report = handle.report()
@@ -152,7 +154,7 @@ def test_rows_without_images():
 @pytest.mark.parametrize("name", NAMES)
 def test_a_decode_loop_by_hand(name):
     model, inputs = tiny.build(), tiny.ragged()
-    with vtprune.wrap(model, name):
+    with vtprune.wrap(model, ready(name, model)):
         wanted, _ = generate(model, inputs, n=5)
         out, mask, ids = model(**inputs), inputs["attention_mask"], []
         for _ in range(5):
@@ -171,7 +173,7 @@ def test_a_decode_loop_by_hand(name):
 def test_beams_and_several_sequences(name):
     model, inputs = tiny.build(), tiny.one_image()
     options = {"max_new_tokens": 6, "do_sample": False}
-    with vtprune.wrap(model, name) as handle:
+    with vtprune.wrap(model, ready(name, model)) as handle:
         greedy = model.generate(**inputs, **options)
         realised = said(handle).realised
         beams = model.generate(**inputs, **options, num_beams=3, num_return_sequences=3)
@@ -236,7 +238,7 @@ def test_nothing_is_left_on_the_model():
 
     had = hooks()
     for name in NAMES:
-        vtprune.wrap(model, name).remove()
+        vtprune.wrap(model, ready(name, model)).remove()
     assert hooks() == had
     assert torch.equal(model(**inputs).logits, before)
 

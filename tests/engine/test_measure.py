@@ -14,6 +14,7 @@ from tests import tiny
 from tests.families import batches
 from tests.families.oracles import inputs_of
 from tests.gates import random_gates
+from tests.projectors import ready
 from vtprune import UnsupportedError
 from vtprune.engine.timing import Clock, part, timing
 from vtprune.eval import tiny as families
@@ -63,7 +64,8 @@ def test_tokens_of_a_layer_are_those_it_is_called_with(name, tmp_path):
     ]
     keep = None if strategy_class(name).kind == "compute" else KEEP.get(name, 0.6)
     options: dict[str, Any] = {"gates": str(random_gates(tmp_path))} if name == "dyvte" else {}
-    wrapped = vtprune.wrap(model, name, keep=keep, processor=tiny.Processor(), **options)
+    strategy = ready(name, model, **options)
+    wrapped = vtprune.wrap(model, strategy, keep=keep, processor=tiny.Processor())
     with wrapped as handle, ExitStack() as stack:
         for observed in parts:
             stack.enter_context(observed)

@@ -77,3 +77,13 @@ def test_bad_points(names, keeps, said):
 
 def test_split_drops_repeats_and_blanks():
     assert split(" a, b,,a ,c") == ("a", "b", "c")
+
+
+def test_split_leaves_what_is_in_brackets_whole():
+    assert split("a(x=((0,),(1,)),y=[2,3]),b") == ("a(x=((0,),(1,)),y=[2,3])", "b")
+
+
+def test_points_of_one_strategy_with_several_options():
+    found = points(["zipvl(tau=0.9)", "zipvl( tau=0.90 )", "fastv(layers=(2,))"], ["25%"])
+    named = [("zipvl(tau=0.9)", "100%"), ("fastv(layers=(2,))", "25%")]
+    assert found[2:] == [Point(*pair) for pair in named]

@@ -15,7 +15,11 @@ from vtprune.eval.sweep import Sweep, settings_of
 N = 200
 
 
-@pytest.fixture(scope="module", params=shipped.names())
+# What is measured of a model once is for all of its tests: these stay in one process.
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(n, marks=pytest.mark.xdist_group(n)) for n in shipped.names()],
+)
 def name(request):
     return request.param
 

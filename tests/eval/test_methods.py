@@ -39,7 +39,7 @@ def test_those_that_compute_less_come_after_those_that_drop_at_the_same_place():
         "keep",
     )
     names = [line.split("|")[1].strip(" `") for line in methods.table().splitlines()[2:]]
-    assert names[-5:] == ["eemllm", "naavit", "shortv", "yopo", "zipvl"]
+    assert names[-6:] == ["eemllm", "naavit", "saisa", "shortv", "yopo", "zipvl"]
 
 
 def test_what_another_model_changes():

@@ -116,6 +116,7 @@ def test_weights_that_lack_tensors_are_refused(copy):
 
 def test_fingerprint_tells_models_apart(loaded, model_dir):
     model, processor = shipped.load(str(model_dir))
+    loaded[1].tokenizer(["how many", "how"], padding=True, truncation=True, max_length=1)
     whole = shipped.fingerprint(*loaded)
     assert shipped.fingerprint(model, processor) == whole
     processor.chat_template += " "

@@ -12,6 +12,7 @@ from vtprune.eval.results import Folder
 from vtprune.eval.samples import TASKS, Asker, answer_of
 from vtprune.eval.sweep import Sweep, seeded, settings_of
 from vtprune.flops import Shape
+from vtprune.registry import build
 
 TASK, LIMIT, SIZE = "scenes", 5, 3
 POINTS = points(["random", "visionzip"], ["25%", "1"])
@@ -216,6 +217,7 @@ def test_what_is_refused_is_left_out_when_asked(loaded, settings, tmp_path):
 def test_random_draws_anew_for_each_batch_and_seed():
     assert len({seeded("random", *pair) for pair in ((0, 0), (0, 16), (1, 0))}) == 3
     assert seeded("random", 1, 0) == seeded("random", 1, 0)
+    assert seeded("random(seed=5)", 1, 0) == build("random", seed=5)
     assert seeded("strided", 0, 0) == seeded("strided", 1, 16)
 
 

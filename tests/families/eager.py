@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from tests.families import batches
 from vtprune.eval import tiny
-from vtprune.types import ClsRow, Flow, Keys, Received, TowerNeed, WideClsRow, WideKeys
+from vtprune.types import ClsRow, Flow, Keys, Patches, Received, TowerNeed, WideClsRow, WideKeys
 
 Batch = dict[str, Tensor]
 # Queries [B, H, S, d], keys and values [B, Hkv, S, d], probabilities [B, H, S, S].
@@ -99,7 +99,8 @@ def wanted(family: str) -> tuple[TowerNeed, ...]:
     tower = TOWERS[family]
     read = (Received, Keys, WideKeys, Flow)
     read = (*read, ClsRow, WideClsRow) if tower.n_prefix else read
-    return tuple(need(layer) for layer in tower.readable for need in read)
+    reduced = tuple(need(layer) for layer in tower.readable for need in read)
+    return (*reduced, Patches(tower.feature))
 
 
 def encode(family: str, kind: str, name: str, attention: str = "eager") -> Any:
@@ -166,14 +167,21 @@ def patches(family: str, kind: str, name: str) -> dict[TowerNeed, Tensor]:
     tower, model = TOWERS[family], model_of(family, "eager")[0]
     blocks = blocks_of(model, family, name)
     modules = {i: getattr(blocks[i], tower.attention) for i in tower.readable}
-    with recording(list(modules.values())) as calls:
-        encode(family, kind, name)
+    outputs: list[Tensor] = []
     p = tower.n_prefix
-    return {
+
+    def keep(output: Tensor) -> None:
+        outputs.append(output[..., p:, :].flatten(0, -2))
+
+    with recording(list(modules.values())) as calls, feature_hook(family, name, keep):
+        encode(family, kind, name)
+    reduced = {
         need: torch.cat([_quantity(need, *call, p).flatten(0, 1) for call in made])
         for need in wanted(family)
-        if (made := calls[modules[need.layer]])
+        if need.layer in modules and (made := calls[modules[need.layer]])
+        if not isinstance(need, Patches)
     }
+    return reduced | {Patches(tower.feature): torch.cat(outputs)}
 
 
 def _quantity(
@@ -215,7 +223,7 @@ def flow(q: Tensor, k: Tensor, v: Tensor, p: int) -> Tensor:
 
 @contextmanager
 def feature_hook(
-    family: str, name: str, change: Callable[[Tensor], Tensor], attention: str = "eager"
+    family: str, name: str, change: Callable[[Tensor], Tensor | None], attention: str = "eager"
 ) -> Iterator[None]:
     """Changes the output of the block that yields the features, before anything captures it."""
     block = blocks_of(model_of(family, attention)[0], family, name)[TOWERS[family].feature]

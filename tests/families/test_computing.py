@@ -12,15 +12,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import vtprune
+from tests.engine.rules_reference import projected
 from tests.engine.test_generation import OLD
+from tests.families import eager as whole
 from tests.families import strangers
 from tests.families.oracles import gather_is_mask, inputs_of, keeps_all, model_of, plain
 from tests.families.test_strategies import FAMILIES
 from tests.probes import generate
+from tests.projectors import lacks, ready
 from vtprune.engine.places import near, places
 from vtprune.engine.plan import find_adapter
 from vtprune.registry import build, strategy_class, strategy_names
-from vtprune.types import RowRule, Strategy
+from vtprune.types import Patches, RowRule, Strategy
 
 # Windows go by places, which have a test of their own.
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -82,14 +85,14 @@ def left_out(handle: vtprune.Handle, inputs: dict[str, Tensor]) -> dict[int, Ten
     return found
 
 
-def unseen(left: Tensor, forget: bool) -> tuple[Any, Any]:
+def unseen(left: Tensor, drop: bool) -> tuple[Any, Any]:
     """Hooks that hide tokens from those of the prompt, or from all, and let them attend to none."""
 
     def before(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         mask = kwargs["attention_mask"]
         n = mask.shape[-1]
         hides = F.pad(left, (0, n - left.shape[1]))[:, None, None].expand(-1, -1, n, -1).clone()
-        if not forget:
+        if not drop:
             hides[:, :, left.shape[1] :] = False
         hidden = torch.finfo(mask.dtype).min
         mask = mask.expand(len(left), -1, -1, -1).masked_fill(hides, hidden)
@@ -103,12 +106,43 @@ def unseen(left: Tensor, forget: bool) -> tuple[Any, Any]:
     return before, after
 
 
+@torch.no_grad()
+def features(family: str, kind: str) -> Tensor:
+    """What tokens of the prompt are made of, ``[B, L, C]``; no number where there is no patch."""
+    (model, _), inputs = model_of(family, "eager"), inputs_of(family, kind)
+    found = torch.empty(0)
+    for modality in find_adapter(model).modalities:
+        if modality.given(inputs):
+            name = modality.name
+            weights = whole.mapping(family, kind, name)
+            need = Patches(whole.TOWERS[family].feature)
+            made = weights @ whole.patches(family, kind, name)[need]
+            made[weights.sum(1) == 0] = torch.nan
+            if not len(found):
+                found = made.new_full((*inputs["input_ids"].shape, made.shape[1]), torch.nan)
+            found[inputs["input_ids"] == modality.placeholder] = made
+    return found
+
+
+def making(rule: RowRule, made_of: Tensor) -> Any:
+    """A hook that puts what a rule makes in the place of what enters a layer."""
+    rows = ~made_of[..., 0].isnan()
+
+    def before(module: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        hidden = (args[0] if args else kwargs.pop("hidden_states")).clone()
+        hidden[:, : rows.shape[1]][rows] = projected(rule.maker, made_of[rows])
+        return (hidden, *args[1:]), kwargs
+
+    return before
+
+
 @contextmanager
 def by(
     rules: dict[int, RowRule],
     model: Any,
     inputs: dict[str, Tensor],
     left: dict[int, Tensor] | None = None,
+    made_of: Tensor | None = None,
 ) -> Iterator[None]:
     """Lets ``model`` compute everything for visual rows and throw away what the rules say.
 
@@ -119,10 +153,13 @@ def by(
         for number, rule in rules.items():
             layer: Any = layers[number]
             attention = layer.self_attn
+            if rule.maker is not None and made_of is not None:
+                hook = layer.register_forward_pre_hook(making(rule, made_of), with_kwargs=True)
+                undo.callback(hook.remove)
             if rule.attend == "none":
                 undo.callback(attention.register_forward_hook(zero).remove)
             if rule.attend == "chosen":
-                before, after = unseen((left or {})[number], rule.forget)
+                before, after = unseen((left or {})[number], rule.others == "drop")
                 hook = layer.register_forward_pre_hook(before, with_kwargs=True)
                 undo.callback(hook.remove)
                 undo.callback(attention.register_forward_hook(after).remove)
@@ -136,24 +173,26 @@ def by(
         yield
 
 
-def given(variant: str) -> Strategy:
-    return build(variant.partition(" ")[0], **OPTIONS.get(variant, {}))
+def given(variant: str, model: Any) -> Strategy:
+    return ready(variant.partition(" ")[0], model, **OPTIONS.get(variant, {}))
 
 
-def rules_of(family: str, variant: str) -> dict[int, RowRule]:
-    stages = given(variant).plan(find_adapter(model_of(family)[0]).facts)
+def rules_of(strategy: Strategy, model: Any) -> dict[int, RowRule]:
+    stages = strategy.plan(find_adapter(model).facts)
     return {stage.layer or 0: stage.rule for stage in stages if stage.rule is not None}
 
 
 def check(family: str, kind: str, variant: str, *first: str, **more: Any) -> vtprune.Handle:
-    inputs, strategy = inputs_of(family, kind), given(variant)
+    model = model_of(family)[0]
+    inputs, strategy = inputs_of(family, kind), given(variant, model)
     chosen: Any = [*first, strategy] if first else strategy
-    rules, left = rules_of(family, variant), {}
+    rules, left = rules_of(strategy, model), {}
+    made_of = features(family, kind) if lacks(strategy.name) else None
     if any(rule.attend == "chosen" for rule in rules.values()):
-        with vtprune.wrap(model_of(family)[0], chosen, **more) as handle:
-            generate(model_of(family)[0], inputs, 1)
+        with vtprune.wrap(model, chosen, **more) as handle:
+            generate(model, inputs, 1)
             left = left_out(handle, inputs)
-    with by(rules, model_of(family, "eager")[0], inputs, left):
+    with by(rules, model_of(family, "eager")[0], inputs, left, made_of):
         return gather_is_mask(family, inputs, {"strategy": chosen, **more})
 
 
@@ -165,7 +204,7 @@ def test_left_out_equals_thrown_away(family, variant):
     assert {stage.kept for stage in report.stages} <= {0}
 
 
-@pytest.mark.parametrize("variant", ["shortv", "eemllm"])
+@pytest.mark.parametrize("variant", ["shortv", "eemllm", "saisa"])
 @pytest.mark.parametrize(
     ("family", "kind"),
     [
@@ -182,7 +221,7 @@ def test_rows_without_images_and_videos_beside_images(family, kind, variant):
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
 @pytest.mark.parametrize(("first", "keep"), [("divprune", 0.5), ("fastv", 0.4)])
 def test_behind_a_strategy_that_drops(family, first, keep):
-    for name in ("shortv", "eemllm", "zipvl"):
+    for name in ("shortv", "eemllm", "saisa", "zipvl"):
         handle = check(family, "ragged", name, first, keep=keep)
         report = handle.report()
         left = [image.kept < image.tokens for image in report.images]
@@ -216,16 +255,16 @@ def test_a_window_of_every_neighbour_there_is(family):
     assert int((beside == 4).sum()) == corners
 
 
-@pytest.mark.parametrize("variant", [name for name in VARIANTS if name != "yopo renorm"])
+@pytest.mark.parametrize("variant", [v for v in VARIANTS if v not in ("yopo renorm", "saisa")])
 @pytest.mark.parametrize("name", strangers.BUILD)
 def test_families_without_an_adapter(name, variant):
     if name == "vipllava" and OLD:
         pytest.skip("transformers before 5.19 does not run it, wrapped or not")
     (model, inputs, _), (eager, _, _) = strangers.build(name), strangers.build(name, "eager")
-    stages = given(variant).plan(find_adapter(model).facts)
-    rules = {stage.layer or 0: stage.rule for stage in stages if stage.rule is not None}
+    strategy = build(variant.partition(" ")[0], **OPTIONS.get(variant, {}))
+    rules = rules_of(strategy, model)
     here = inputs["attention_mask"].bool()
-    with torch.no_grad(), vtprune.wrap(model, given(variant)) as handle:
+    with torch.no_grad(), vtprune.wrap(model, strategy) as handle:
         made = model(**inputs).logits
     with torch.no_grad(), by(rules, eager, inputs, left_out(handle, inputs)):
         wanted = eager(**inputs).logits

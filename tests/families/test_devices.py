@@ -16,9 +16,11 @@ from torch import Tensor
 import vtprune
 from tests.families.batches import Batch, batch, new_ids
 from tests.families.far import FIRST, SECOND, Far, place, put, several
+from tests.projectors import ready
 from vtprune.engine import layers
 from vtprune.eval import tiny
 from vtprune.strategies.todre import ToDRE
+from vtprune.strategies.zipvl import ZipVL
 
 SITES: dict[str, tuple[Any, Any]] = {
     "projector": ("fastervlm", 0.5),
@@ -33,6 +35,9 @@ SITES: dict[str, tuple[Any, Any]] = {
     "exit": (ToDRE(exit=True, tau=1.0), 0.5),
     "both": (["fastervlm", "fastv"], [0.7, 0.5]),
     "tower and decoder": ("flowcut", 0.4),
+    "made in layers": (["fastv", "saisa"], 0.5),
+    "dropped from a cache": (ZipVL(tau=0.6, every=2), None),
+    "packed in a cache": (ZipVL(tau=0.6, others="pack", bits=(8, 4), every=2), None),
 }
 # Its experts are counted by an operation that the CPU has for other types only.
 FAMILIES = [family for family in tiny.names() if family != "qwen3_vl_moe"]
@@ -47,6 +52,11 @@ def steps(model: Any, inputs: Batch, n: int = 3) -> tuple[Tensor, Tensor]:
         cache = out.past_key_values
         out = model(input_ids=ids[-1][:, None], past_key_values=cache, attention_mask=mask)
     return torch.stack(ids, dim=1), out.logits
+
+
+def fitted(strategy: Any, model: Any) -> Any:
+    """Returns the strategy with what it lacks for this model."""
+    return [ready(one, model) for one in strategy] if isinstance(strategy, list) else strategy
 
 
 def near(x: Tensor) -> Tensor:
@@ -92,6 +102,7 @@ def pair(family: str) -> tuple[Any, Any, Batch]:
 def test_two_devices_give_what_one_gives(pair: Any, site: str) -> None:
     one, two, inputs = pair
     strategy, keep = SITES[site]
+    strategy = fitted(strategy, one)
     with torch.no_grad(), vtprune.wrap(one, strategy, keep=keep):
         ids, logits = steps(one, inputs)
     with several(), vtprune.wrap(two, strategy, keep=keep) as handle:
@@ -117,6 +128,7 @@ def test_weights_that_wait_on_disk(family: str, site: str, tmp_path: Path) -> No
     model, processor = tiny.build(family)
     inputs = batch(processor, "ragged")
     strategy, keep = SITES[site]
+    strategy = fitted(strategy, model)
     with vtprune.wrap(model, strategy, keep=keep):
         ids = new_ids(model, inputs)
     main: Any = "cpu"  # what accelerate compares with, though it asks for a torch.device
@@ -134,6 +146,6 @@ def test_nothing_is_made_on_the_default_device(family: str) -> None:
     with torch.no_grad(), torch.device("meta"):
         model(**inputs)
         for strategy, keep in (*SITES.values(), ("random", 0.5), ("strided", 0.5)):
-            with vtprune.wrap(model, strategy, keep=keep):
+            with vtprune.wrap(model, fitted(strategy, model), keep=keep):
                 steps(model, inputs)
                 model.generate(**inputs, max_new_tokens=2)

@@ -86,6 +86,19 @@ def test_gather_equals_mask(family, variant):
         assert any(left) or any(stage.kept < stage.tokens for stage in report.stages)
 
 
+INSIDE = ("fastv", "pyramiddrop", "sparsevlm", "sparsevlm_plus", "todre exit", "transprune")
+INSIDE += ("visiondrop", "vscan")
+
+
+@pytest.mark.parametrize("variant", INSIDE)
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+def test_gather_equals_mask_with_a_static_cache(family, variant):
+    wrap = {**given(family, variant), "keep": KEEP.get(VARIANTS[variant][0], 0.4)}
+    inputs = inputs_of(family, "ragged")
+    report = gather_is_mask(family, inputs, wrap, cache_implementation="static").report()
+    assert any(stage.kept < stage.tokens for stage in report.stages)
+
+
 # Where the count is the image's own, ``keep`` is at most that, and 1.0 may still drop some; an exit
 # does not ask what was to be kept.
 OWN = {"adaptive", "exit"}

@@ -83,7 +83,7 @@ def _stages(strategy: SparseVLM, params: dict[str, Any], tensors: Tensors) -> It
         ids = tensors[f"in.S{stage + 1}.position_ids"]
         visual = span(len(ids), (first, first + n))
         read: dict[Quantity, Tensor] = {}
-        for need in strategy.read(params["prune_layers_0based"][stage]):
+        for need in strategy.attention(params["prune_layers_0based"][stage]):
             assert isinstance(need, DecoderNeed)
             if isinstance(need, Turned):
                 embeddings = {"position_embeddings": _rotary(ids, q.shape[3], params["rope_theta"])}

@@ -10,12 +10,12 @@ from tests.contracts.bank import TOWERS
 from vtprune.errors import ConfigError
 from vtprune.registry import build
 from vtprune.rules import RowRule
-from vtprune.strategies.shortv import ORDER_7B, ORDER_13B, order
+from vtprune.strategies.shortv import FILE, LLAVA, NEXT, authors, placed
 from vtprune.strategies.zipvl import ZipVL
 
 
-def facts_of(depth: int):
-    return dataclasses.replace(TOWERS["with CLS"], decoder_layers=depth)
+def facts_of(depth: int, family: str = "LLaVA-1.5"):
+    return dataclasses.replace(TOWERS["with CLS"], decoder_layers=depth, family=family)
 
 
 def layers_of(depth: int, **options) -> tuple[int, ...]:
@@ -23,9 +23,11 @@ def layers_of(depth: int, **options) -> tuple[int, ...]:
 
 
 def test_shortv_replaces_the_authors_layers():
-    assert layers_of(32) == tuple(sorted(ORDER_7B))
-    assert layers_of(40) == tuple(sorted(ORDER_13B))
-    assert (len(ORDER_7B), len(ORDER_13B)) == (19, 24)
+    assert layers_of(32) == tuple(sorted(LLAVA[32]))
+    assert layers_of(40) == tuple(sorted(LLAVA[40]))
+    assert layers_of(40, order=LLAVA[40][::-1], replaced=2) == (17, 20)
+    for orders in (LLAVA, NEXT):
+        assert [len(set(orders[depth])) for depth in (32, 40)] == [19, 24]
     assert layers_of(32, replaced=3) == (29, 30, 31)
     assert layers_of(40, replaced=0.1) == (28, 32, 36, 39)
     assert layers_of(32, layers=(4, 5)) == (4, 5)
@@ -33,7 +35,7 @@ def test_shortv_replaces_the_authors_layers():
 
 @pytest.mark.parametrize("depth", [1, 2, 4, 12, 24, 28, 36, 48, 64, 80])
 def test_other_depths_take_the_place_of_the_nearest_layer(depth):
-    ranked = order(depth)
+    ranked = placed(*authors(facts_of(depth)), depth)
     if depth <= 32:
         assert depth == 1 or ranked[0] == depth - 1  # of one layer only the first is known
     assert len(set(ranked)) == len(ranked)
@@ -43,7 +45,7 @@ def test_other_depths_take_the_place_of_the_nearest_layer(depth):
 
 def test_a_model_of_another_depth_keeps_the_authors_share():
     assert len(layers_of(12)) == 7
-    assert order(12)[:3] == (11, 10, 0)
+    assert placed(LLAVA[32], 32, 12)[:3] == (11, 10, 0)
     assert len(layers_of(64, replaced=0.5)) == 32
 
 
@@ -55,10 +57,34 @@ def test_a_number_of_layers_that_is_none(replaced):
 
 def test_more_layers_than_the_authors_ordered():
     with pytest.raises(
-        ConfigError, match=r"replaced=0\.9: of these 32 layers the authors order only 19"
+        ConfigError, match=r"replaced=0\.9: of these 32 layers only 19 have an order"
     ):
         layers_of(32, replaced=0.9)
     assert layers_of(32, replaced=0.9, layers=(1,)) == (1,)
+
+
+def test_next_has_an_order_of_its_own_where_the_authors_measured_it():
+    assert authors(facts_of(40, "LLaVA-NeXT (clip_vision_model)")) == (NEXT[40], 40)
+    assert authors(facts_of(32, "LLaVA-NeXT-Video (clip_vision_model)")) == (NEXT[32], 32)
+    assert authors(facts_of(28, "LLaVA-NeXT (clip_vision_model)")) == (LLAVA[32], 32)
+
+
+def test_an_order_beside_the_model_is_its_own(tmp_path):
+    bare = build("shortv", replaced=2)
+    assert bare.beside(str(tmp_path)) == bare == bare.beside("")
+    (tmp_path / FILE).write_text('{"order": [3, 1, 0, 2]}')
+    ours = bare.beside(str(tmp_path))
+    assert ours.used_layers(facts_of(4)) == (1, 3)
+    given = build("shortv", order=(0, 1))
+    assert given.beside(str(tmp_path)) == given
+    with pytest.raises(
+        ConfigError, match=r"order= names layers \[3, 2\]; LLaVA-1.5 has 2. It is of"
+    ):
+        ours.used_layers(facts_of(2))
+    for text in ("{", '{"order": 3}', "{}", '{"order": ["a"]}'):
+        (tmp_path / FILE).write_text(text)
+        with pytest.raises(ConfigError, match=r"shortv.json holds no order of layers. Write it"):
+            bare.beside(str(tmp_path))
 
 
 def rule_of(name: str, layer: int = 0, depth: int = 32, **options) -> RowRule:
@@ -75,9 +101,8 @@ def test_what_visual_rows_do():
     assert rule_of("eemllm", visual_rows="ffn") == rule_of("naavit")
     assert rule_of("yopo") == RowRule(attend="window", radius=2)
     assert rule_of("yopo", 15) == rule_of("yopo")
-    chosen = RowRule(attend="chosen", chooser=ZipVL(tau=0.96), forget=True)
-    assert rule_of("zipvl", 1, tau=0.96) == rule_of("zipvl", 31, tau=0.96) == chosen
-    assert not rule_of("zipvl", 0).forget  # transformers counts by the first layer's cache
+    chosen = RowRule(attend="chosen", chooser=ZipVL(tau=0.96), others="drop", every=100)
+    assert rule_of("zipvl", 0, tau=0.96) == rule_of("zipvl", 31, tau=0.96) == chosen
     assert rule_of("yopo", 16) == RowRule(attend="window", radius=2, read=False)
     assert rule_of("yopo", window=None, layercut=0, mlp_ratio=4) == RowRule(mlp=0.25, read=False)
 
@@ -108,6 +133,8 @@ def test_heads_are_those_of_each_layer():
     [
         ("eemllm", {"visual_rows": "freeze"}, "visual_rows='freeze' is unknown; choose 'self"),
         ("zipvl", {"tau": 0}, "tau=0 is no share of attention"),
+        ("zipvl", {"others": "forget"}, "others='forget' is unknown"),
+        ("zipvl", {"bits": (16, 2)}, r"bits=\(16, 2\): give those"),
         ("yopo", {"window": 0}, "window=0 sees nothing"),
         ("yopo", {"mlp_ratio": 0.5}, r"mlp_ratio=0\.5 must be at least 1"),
         ("yopo", {"layercut": -1}, "layercut=-1 is no layer"),
@@ -127,7 +154,15 @@ def test_options_out_of_range(name, options, message):
         ({"radius": -1}, "radius=-1 must be at least 0"),
         ({"attend": "chosen"}, "attend='chosen' and a chooser go together"),
         ({"chooser": ZipVL()}, "attend='all' with chooser=ZipVL"),
-        ({"forget": True}, "give a chooser too"),
+        ({"others": "drop"}, "others='drop' are those not chosen; give a chooser too"),
+        ({"others": "leave"}, "others='leave' is unknown; choose one of 'keep', 'drop', 'pack'"),
+        ({"bits": (4, 3)}, r"bits=\(4, 3\): give those of chosen and of other tokens"),
+        ({"bits": (4,)}, r"bits=\(4,\): give those"),
+        ({"bits": 4}, "bits=4: give those"),
+        ({"bits": (4, 2.0)}, r"bits=\(4, 2\.0\): give those"),
+        ({"every": 0}, "every=0 is no number of tokens; give 1 or more"),
+        ({"every": True}, "every=True is no number"),
+        ({"every": 2.5}, r"every=2\.5 is no number"),
     ],
 )
 def test_a_rule_out_of_range(rule, message):

@@ -13,7 +13,7 @@ import vtprune
 from tests import tiny
 from tests.gates import random_gates
 from vtprune.errors import ConfigError, InputError
-from vtprune.gates import Shared, load, make, save
+from vtprune.gates import FILE, Shared, load, make, save
 from vtprune.registry import build
 from vtprune.scoring.exits import exits, mean_share, threshold_for
 from vtprune.strategies.dyvte import DyVTE
@@ -56,6 +56,21 @@ def test_the_first_margin_above_the_threshold_decides():
     assert mean_share(margins, (1, 2, 4), 8, 0.0) == (1 + 4 + 8 + 8) / 32
 
 
+def test_gates_beside_the_model_are_its_own(tmp_path):
+    path = random_gates(tmp_path)
+    bare = build("dyvte")
+    assert bare.beside(str(tmp_path)) == bare == bare.beside("")
+    path = path.rename(tmp_path / FILE)
+    assert bare.beside(str(tmp_path)) == build("dyvte", gates=str(path))
+    given = build("dyvte", gates="other")
+    assert given.beside(str(tmp_path)) == given
+    model = tiny.build()
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    with vtprune.wrap(loaded, "dyvte", keep=0.5) as handle:
+        assert handle.steps[0].strategy == build("dyvte", gates=str(path))
+
+
 @pytest.mark.parametrize("layers", [range(1, 12), (2, 3, 7), (11,)])
 def test_a_threshold_hits_the_mean_that_was_asked_for(layers):
     margins = torch.randn(1000, len(layers), generator=torch.Generator().manual_seed(0))
@@ -70,8 +85,8 @@ def test_a_threshold_hits_the_mean_that_was_asked_for(layers):
 @pytest.mark.parametrize(
     ("options", "keep", "message"),
     [
-        ({}, 0.5, "dyvte has no gates of its own. Train some with 'vtprune train dyvte"),
-        ({"gates": "absent"}, 0.5, "gates='absent' is neither a file nor a model whose gates"),
+        ({}, 0.5, "dyvte has no gates for this model. Train some with 'vtprune train dyvte"),
+        ({"gates": "absent"}, 0.5, "gates='absent' is neither a file, nor a folder with a"),
         ({"gates": "deep"}, 0.5, "are for 6 layers; LLaVA-1.5 (clip_vision_model) has 4. Train"),
         ({"gates": "fit"}, 0.25, "keep=0.25 is out of reach of dyvte: all tokens enter the first"),
         ({"gates": "fit", "threshold": 0.0}, 0.5, "keep=0.5 and threshold=0.0 both say when"),

@@ -1,4 +1,4 @@
-"""Attention among some tokens of a prompt, chosen in that layer, and a cache of those alone."""
+"""Attention among some tokens of a prompt, chosen in that layer, and what its cache holds."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from torch import Tensor, nn
 
 from vtprune.engine.cuts import Cut
 from vtprune.engine.decoding import Decoding
+from vtprune.engine.held import Held, pick
 from vtprune.engine.masks import explicit
 from vtprune.engine.timing import part
 from vtprune.errors import UnsupportedError
-from vtprune.rules import Chooser
+from vtprune.rules import Chooser, RowRule
 
 # Layers of a cache that grow with every token, so that they may be shorter too.
-GROWING = {"DynamicLayer", "DynamicSlidingWindowLayer"}
+GROWING = {"DynamicLayer", "DynamicSlidingWindowLayer", "Held"}
 
 
 def among_chosen(
@@ -53,7 +54,7 @@ def among_chosen(
         scale = kwargs.get("scaling")
         stays = _chosen(chooser, decoding.copies, query, key, seen, valid, visual, scale)
     few = Cut.whole(valid).keep(stays, valid, renumber=False)
-    parts = (_pick(x, few.index) for x in (query, key, value))
+    parts = (pick(x, few.index.clamp(min=0)) for x in (query, key, value))
     mask = few.prompt_mask(seen if few.padded else mask)
     out, weights = forward(module, *parts, mask, *args, **kwargs)
     own = columns.index.to(query.device).gather(1, few.index.clamp(min=0))
@@ -87,29 +88,49 @@ def _chosen(
     return stays
 
 
-def forget(cache: Any, number: int, decoding: Decoding) -> None:
-    """Leaves in a layer's cache what was chosen in it alone.
+def settle(cache: Any, number: int, decoding: Decoding, rule: RowRule) -> None:
+    """Drops or packs in a layer's cache what the rule says.
 
     Raises:
         UnsupportedError: a cache that cannot be shortened.
     """
-    held: Any = cache.layers[number]
-    if type(held).__name__ not in GROWING:
+    layer: Any = cache.layers[number]
+    if type(layer).__name__ not in GROWING:
         raise UnsupportedError(
-            f"The cache of layer {number} is a {type(held).__name__}, from which no token can be "
+            f"The cache of layer {number} is a {type(layer).__name__}, from which no token can be "
             "taken. Leave cache_implementation out."
         )
     chosen, columns = decoding.chosen[number], decoding.cut(number) or Cut.whole(decoding.valid)
-    places = torch.arange(columns.index.shape[1], device=columns.index.device)
-    where = columns.spread(places.expand(columns.index.shape), columns.length)
-    index = where.to(chosen.index.device).gather(1, chosen.index.clamp(min=0))
-    held.keys, held.values = (_pick(x, index) for x in (held.keys, held.values))
-    if hasattr(held, "cumulative_length"):
-        held.cumulative_length = index.shape[1]
-    decoding.kept[number] = chosen
+    marks = chosen.spread(torch.ones_like(chosen.index, dtype=torch.bool), chosen.length)
+    held = Held(layer, columns, rule.bits if rule.others == "pack" else None)
+    held.settle(columns.index, columns.of(marks.to(columns.index.device)), columns.length)
+    cache.layers[number] = decoding.held[number] = held
 
 
-def _pick(x: Tensor, index: Tensor) -> Tensor:
-    """Returns the tokens ``index`` ``[B, n]`` of ``x`` ``[B, H, L, d]``, -1 = any."""
-    rows = index.clamp(min=0)[:, None, :, None]
-    return x.gather(2, rows.expand(-1, x.shape[1], -1, x.shape[3]))
+@torch.no_grad()
+def settle_again(
+    held: Held,
+    chooser: Chooser,
+    query: Tensor,
+    key: Tensor,
+    mask: Tensor | None,
+    scale: float | None,
+) -> None:
+    """Does so with all that was decoded since, by its last query; each row by its own.
+
+    Args:
+        query: ``[B, H, m, d]`` of what is decoded now, ``key`` ``[B, Hkv, n, d]`` of all.
+        mask: ``[., ., m, n]`` bool or additive; None = all is seen.
+    """
+    new, length = held.seen, held.cut.length
+    seen = torch.ones(len(key), key.shape[2], dtype=torch.bool, device=key.device)
+    if mask is not None:
+        last = mask[:, 0, -1]
+        seen &= last if last.dtype == torch.bool else last >= 0
+    chosen = torch.zeros_like(seen[:, -new:])
+    for b, row in enumerate(seen):
+        asked, q, k = row[-new:], query[b : b + 1, :, -1:], key[b : b + 1, :, row]
+        if bool(asked.any()):
+            chosen[b, asked] = chooser.choose_again(q, k, scale, int(asked.sum()))
+    columns = torch.arange(length, length + new, device=key.device)
+    held.settle(columns.expand(len(key), -1), chosen, length + new)

@@ -2,7 +2,7 @@
 
 Hooks on a layer's projections and on its MLP take the rows that pass and give the others zeros; the
 attention tap hands on the queries that are left. While tokens are decoded nothing of this acts:
-they find keys and values of all tokens.
+they find keys and values of all tokens, but for what a rule drops from a cache or packs there.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from vtprune.engine import tap
-from vtprune.engine.choosing import among_chosen, forget
+from vtprune.engine.choosing import among_chosen, settle, settle_again
 from vtprune.engine.decoding import Decoding
 from vtprune.engine.masks import explicit, windowed
 from vtprune.engine.places import near
@@ -25,6 +25,7 @@ from vtprune.engine.thin import thin
 from vtprune.engine.work import macs_per_row, published, whole
 from vtprune.errors import ConfigError, HookError, UnsupportedError
 from vtprune.rules import RowRule
+from vtprune.types import TowerNeed
 
 Forward = Callable[..., tuple[Tensor, Any]]
 
@@ -51,6 +52,11 @@ class Computing:
         """Layers in which it is chosen who attends."""
         return tuple(n for n, rule in self.rules.items() if rule.chooser is not None)
 
+    @property
+    def needs(self) -> tuple[TowerNeed, ...]:
+        """What the rules read in the tower, each once."""
+        return tuple(dict.fromkeys(need for rule in self.rules.values() for need in rule.needs))
+
     def install(self, undo: ExitStack) -> None:
         """Registers the hooks; ``undo`` takes them off.
 
@@ -66,10 +72,13 @@ class Computing:
                     f"Attention implementation {implementation!r} takes no mask for some of the "
                     "queries. Load the model with attn_implementation='sdpa'."
                 )
+            if rule.maker is not None:
+                hook = layer.register_forward_pre_hook(self._made(number), with_kwargs=True)
+                undo.callback(hook.remove)
             if rule.attend != "all":
                 undo.callback(attention.register_forward_hook(self._check(number)).remove)
-            if rule.forget:
-                hook = attention.register_forward_hook(self._forget(number), with_kwargs=True)
+            if rule.others != "keep":
+                hook = attention.register_forward_hook(self._settle(number), with_kwargs=True)
                 undo.callback(hook.remove)
             if rule.attend in ("none", "self") and hasattr(attention, "q_proj"):
                 self._pass(undo, number, attention.q_proj)
@@ -129,14 +138,37 @@ class Computing:
 
         return after
 
-    def _forget(self, number: int) -> Callable[..., None]:
-        """Returns a hook that takes out of the cache what was not chosen."""
+    def _made(self, number: int) -> Callable[..., Any]:
+        """Returns a hook that puts what the rule's maker makes in the place of visual rows."""
+        maker = self.rules[number].maker
+
+        def before(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+            hidden = args[0] if args else kwargs["hidden_states"]
+            found = self._split(number, hidden.device)
+            if found is None or maker is None:
+                return None
+            decoding, split = found
+            features, cut = decoding.rows[maker.need].to(hidden.device), decoding.cut(number)
+            if cut is not None:
+                index = cut.index.clamp(min=0).to(hidden.device)
+                features = features.gather(1, index[..., None].expand(-1, -1, features.shape[2]))
+            rows = split.visual & ~features[..., 0].isnan()
+            made, hidden = maker.make(features[rows], hidden.shape[2]), hidden.clone()
+            hidden[rows] = made.to(hidden)
+            decoding.spared -= maker.macs() * len(made)
+            rest = {name: value for name, value in kwargs.items() if name != "hidden_states"}
+            return (hidden, *args[1:]), rest
+
+        return before
+
+    def _settle(self, number: int) -> Callable[..., None]:
+        """Returns a hook that drops or packs in the cache what the rule says."""
 
         def after(module: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Any) -> None:
             decoding, cache = self.current(), kwargs.get("past_key_values")
             if decoding is None or decoding.prefilled or tap.is_reading() or cache is None:
                 return
-            forget(cache, number, decoding)
+            settle(cache, number, decoding, self.rules[number])
 
         return after
 
@@ -193,6 +225,8 @@ class Computing:
         number = self.attention.get(module)
         found = None if number is None else self._split(number, query.device)
         if number is None or found is None or self.rules[number].attend == "all":
+            if number is not None:
+                self._settle_again(number, query, key, mask, kwargs.get("scaling"))
             return forward(module, query, key, value, mask, *args, **kwargs)
         decoding, split = found
         decoding.acted.add(number)
@@ -215,6 +249,17 @@ class Computing:
             own = own.repeat_interleave(query.shape[1] // value.shape[1], dim=2)
             full = torch.where(split.visual[:, :, None, None], own, full)
         return full, weights
+
+    def _settle_again(
+        self, number: int, query: Tensor, key: Tensor, mask: Tensor | None, scale: float | None
+    ) -> None:
+        """Does so with what was decoded, once there is enough of it."""
+        decoding, rule = self.current(), self.rules[number]
+        if decoding is None or not decoding.prefilled or tap.is_reading():
+            return
+        held = decoding.held.get(number)
+        if held is not None and rule.chooser and rule.every and held.seen >= rule.every:
+            settle_again(held, rule.chooser, query, key, mask, scale)
 
     def _close(self, number: int, decoding: Decoding) -> Tensor:
         """Returns which tokens are in each other's window, ``[B, L, L]`` bool."""

@@ -18,8 +18,9 @@ class Cut:
     """Columns of a prompt that a layer sees.
 
     Attributes:
-        index: ``[B, n]`` columns of the prompt, ascending; -1 = padding, on the left.
-        length: columns of the prompt.
+        index: ``[B, n]`` columns of the prompt, ascending; -1 = padding, on the left. Of a cache
+            also of what was decoded, in any order, and with padding anywhere.
+        length: columns of the prompt, and of what was decoded of which ``index`` knows.
         moved: ``[B, n]`` by how much each position id is lowered, and ``behind`` ``[B]`` those of
             the tokens after the prompt; None = ids stay.
         padded: whether rows differ in length.
@@ -45,6 +46,11 @@ class Cut:
     @property
     def valid(self) -> Tensor:
         return self.index >= 0
+
+    def rows(self, index: Tensor) -> Cut:
+        """Returns the same of some rows; ``index`` ``[b]`` int64."""
+        moved, behind = (None if x is None else x[index] for x in (self.moved, self.behind))
+        return replace(self, index=self.index[index], moved=moved, behind=behind)
 
     def of(self, mask: Tensor) -> Tensor:
         """Returns ``mask`` ``[B, L]`` bool of the prompt at these columns, ``[B, n]``."""
@@ -100,15 +106,14 @@ class Cut:
         ids = kwargs["position_ids"].expand(len(index), -1).gather(1, index) - self.moved
         return rotary(hidden, ids)
 
-    def step(self, kwargs: dict[str, Any], layer: int, rotary: Rotary) -> dict[str, Any]:
-        """Returns a layer's arguments for tokens decoded after the prompt."""
+    def step(self, kwargs: dict[str, Any], seen: int, rotary: Rotary) -> dict[str, Any]:
+        """Returns a layer's arguments for tokens decoded now, with ``seen`` after ``length``."""
         cut = {**kwargs, "position_ids": None}
         cos, _ = kwargs["position_embeddings"]
         if self.behind is not None:
             ids = kwargs["position_ids"].expand(len(self.index), -1) - self.behind[:, None]
             cut["position_embeddings"] = rotary(cos, ids)
         mask = kwargs.get("attention_mask")
-        seen = kwargs["past_key_values"].get_seq_length(layer) - self.index.shape[1]
         now = seen + cos.shape[1]
         if mask is None and self.padded:
             mask = self._after(seen, cos.shape[1])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -10,11 +10,12 @@ from torch import Tensor
 
 from vtprune.engine.compaction import Prompt, of_patches
 from vtprune.engine.cuts import Cut
+from vtprune.engine.held import Held
 from vtprune.engine.items import Item
-from vtprune.engine.places import places
+from vtprune.engine.places import places, spread
 from vtprune.engine.report import StageReport
 from vtprune.engine.split import Split
-from vtprune.types import DecoderNeed, RowNeed
+from vtprune.types import Quantity, RowNeed
 
 
 @dataclass
@@ -27,14 +28,14 @@ class Decoding:
         images: per prompt those of each of its images, before any left.
         cuts: by layer, what is left from that layer on.
         rows: what was read, ``[B, L, ...]`` over the columns of the prompt; of a whole row
-            ``[B, ...]``.
+            ``[B, ...]``. What the tower gave is no number where there is no patch.
         left: what the stages did, for the report.
         where: returns the place of each token as ``near`` takes it, ``[B, L, 4]``.
         splits: by layer of the cut, -1 before any, which rows are visual.
         windows: by that layer and a radius, which tokens are close to each other.
         acted: layers in which a rule changed attention.
         chosen: by layer, the tokens that attention was computed for.
-        kept: by layer, those of them that alone are left in its cache.
+        held: by layer its cache, where that is not simply what the layer saw.
         spared: multiply-accumulates of the prompt that row rules left out.
     """
 
@@ -44,7 +45,7 @@ class Decoding:
     images: Sequence[Sequence[int]]
     copies: int = 1
     cuts: dict[int, Cut] = field(default_factory=dict)
-    rows: dict[DecoderNeed, Tensor] = field(default_factory=dict)
+    rows: dict[Quantity, Tensor] = field(default_factory=dict)
     left: list[StageReport] = field(default_factory=list)
     prefilled: bool = False
     where: Callable[[], Tensor] | None = None
@@ -52,12 +53,23 @@ class Decoding:
     windows: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     acted: set[int] = field(default_factory=set)
     chosen: dict[int, Cut] = field(default_factory=dict)
-    kept: dict[int, Cut] = field(default_factory=dict)
+    held: dict[int, Held] = field(default_factory=dict)
     spared: float = 0.0
 
     @classmethod
-    def of(cls, prompt: Prompt, visual: Tensor, items: Sequence[Item]) -> Decoding:
-        """Returns what begins a call; ``visual`` ``[B, L]`` bool marks the tokens of ``items``."""
+    def of(
+        cls,
+        prompt: Prompt,
+        visual: Tensor,
+        items: Sequence[Item],
+        features: Mapping[Quantity, Sequence[Tensor]],
+    ) -> Decoding:
+        """Returns what begins a call.
+
+        Args:
+            visual: ``[B, L]`` bool, the tokens of ``items``.
+            features: what was read in the tower of those that are left, ``[n_i, C]`` per item.
+        """
         index = prompt.index.clamp(min=0)
         valid = (prompt.index >= 0) & prompt.valid.gather(1, index)
         seen, patches = (
@@ -67,6 +79,9 @@ class Decoding:
         for row, item in zip(prompt.sample, items, strict=True):
             images[row].append(len(item.free))
         decoding = cls(valid, seen, patches, images)
+        ids = prompt.ids.gather(1, index).masked_fill(~seen, -1)
+        for need, values in features.items():
+            decoding.rows[need] = spread(values, ids, items, torch.nan)
         decoding.where = lambda: places(prompt.ids, items)[
             torch.arange(len(index), device=index.device)[:, None], index
         ]
@@ -79,6 +94,8 @@ class Decoding:
         self.valid, self.visual, self.patches = (
             mask.repeat_interleave(self.copies, dim=0) for mask in masks
         )
+        for need, value in self.rows.items():
+            self.rows[need] = value.repeat_interleave(self.copies, dim=0)
 
     def finish(self) -> None:
         """Says that the prompt was read, and forgets what only that took."""
@@ -91,7 +108,6 @@ class Decoding:
             masks = (self.valid, self.visual, self.patches)
             self.valid, self.visual, self.patches = (mask.to(device) for mask in masks)
             self.cuts = {layer: cut.to(device) for layer, cut in self.cuts.items()}
-            self.kept = {layer: cut.to(device) for layer, cut in self.kept.items()}
             self.rows = {need: value.to(device) for need, value in self.rows.items()}
         return self
 
@@ -102,7 +118,7 @@ class Decoding:
                 if not isinstance(need, RowNeed):
                     value[row, target] = value[row, source]
 
-    def at(self, need: DecoderNeed, row: int, columns: Tensor) -> Tensor:
+    def at(self, need: Quantity, row: int, columns: Tensor) -> Tensor:
         """Returns what was read of these columns ``[K]`` of a row, or of the row as a whole."""
         value = self.rows[need][row]
         return value if isinstance(need, RowNeed) else value[columns]
@@ -113,8 +129,9 @@ class Decoding:
         return self.cuts[max(before)] if before else None
 
     def cached(self, layer: int) -> Cut | None:
-        """What the cache of ``layer`` holds of the prompt; None = everything."""
-        return self.kept.get(layer) or self.cut(layer)
+        """What the cache of ``layer`` holds of what it is done with; None = everything."""
+        held = self.held.get(layer)
+        return self.cut(layer) if held is None else held.cut
 
     def final(self) -> Cut | None:
         return self.cut(max(self.cuts, default=0))

@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from vtprune.engine.compaction import rows_of
@@ -19,7 +20,7 @@ from vtprune.engine.tap import Tap, reading
 from vtprune.engine.text_tower import TextTower
 from vtprune.engine.timing import part, timed
 from vtprune.engine.tower import Climb
-from vtprune.types import Joint, Newlines, Selection, Site, TowerNeed
+from vtprune.types import Joint, Newlines, Patches, Quantity, Selection, Site, TowerNeed
 from vtprune.vlm_adapters._base import Batch, Modality, VLMAdapter
 
 Text = Callable[[Sequence[Item]], list[Tensor]]
@@ -30,13 +31,15 @@ class Encoded:
     """What the language model gets, per modality, and what was chosen of each item.
 
     ``selections`` have batch dimension 1 and positions before any step; ``tiles`` are the rows of
-    the tower, none where it is not known.
+    the tower, none where it is not known. ``features`` are what was read for the language model of
+    the tokens that are left, ``[K_i, C]`` per item, no number of those made of no patch.
     """
 
     outputs: Mapping[str, Any]
     items: Sequence[Item]
     selections: list[Selection]
     tiles: tuple[TileReport, ...]
+    features: Mapping[Quantity, list[Tensor]]
 
 
 def encode(
@@ -46,17 +49,19 @@ def encode(
     text: Text | None,
     newlines: Newlines,
     text_tower: TextTower | None = None,
+    features: Sequence[TowerNeed] = (),
 ) -> Encoded:
     """Encodes the images and videos of ``batch`` and applies ``steps``.
 
     Args:
+        features: what to read of the block that yields the features for the language model.
         text: gives each item its instruction's embeddings.
         text_tower: projects patches where a step reads them in its space.
     """
     inside = [step for step in steps if step.stage.site is Site.ENCODER]
     after = [step for step in steps if step.stage.site is Site.PROJECTOR]
     runs = [
-        _Run(adapter, modality, [*inside, *after], batch, text_tower)
+        _Run(adapter, modality, [*inside, *after], batch, text_tower, features)
         for modality in adapter.modalities
         if modality.given(batch)
     ]
@@ -80,7 +85,13 @@ def encode(
         outputs[run.modality.name] = run.pack(stood[first : first + len(run.items)])
         first += len(run.items)
     tiles = tuple(tile for run in runs for tile in run.tiles)
-    return Encoded(outputs, items, [selection for selection, _ in stood], tiles)
+    selections = [selection for selection, _ in stood]
+    read: dict[Quantity, list[Tensor]] = {}
+    for need in features:
+        carried = [value for run in runs for value in run.carried(need)]
+        pairs = zip(selections, carried, strict=True)
+        read[need] = [value[chosen.slots[0].to(value.device)] for chosen, value in pairs]
+    return Encoded(outputs, items, selections, tiles, read)
 
 
 def tower_needs(steps: Sequence[Step]) -> list[TowerNeed]:
@@ -104,12 +115,14 @@ class _Run:
         steps: Sequence[Step],
         batch: Batch,
         text_tower: TextTower | None,
+        features: Sequence[TowerNeed],
     ) -> None:
         self.adapter, self.modality, self.batch = adapter, modality, batch
-        self.text_tower, self.joint = text_tower, dict[Joint, Tensor]()
+        self.text_tower, self.outputs = text_tower, dict[TowerNeed, list[Tensor]]()
+        needs = [*tower_needs(steps), *features]
         wanted: dict[nn.Module, list[TowerNeed]] = {}
-        for need in tower_needs(steps):
-            if not isinstance(need, Joint):
+        for need in needs:
+            if not isinstance(need, (Joint, Patches)):
                 wanted.setdefault(adapter.attention(modality, need.layer), []).append(need)
         self.tap = Tap(wanted, adapter.n_prefix, adapter.segments(modality, batch))
         inside = [step for step in steps if step.stage.site is Site.ENCODER]
@@ -118,7 +131,7 @@ class _Run:
         if reducer is not None:
             reducer.refuse(later)
         hooked = reducer.hooked() if reducer else nullcontext()
-        with reading(self.tap), hooked, self._projecting(tower_needs(steps)):
+        with reading(self.tap), hooked, self._watching(needs):
             self.output = adapter.encode(modality, batch)
         self.items = items_of(adapter, modality, self.output, batch)
         self.tiles = self._tiles(None if reducer is None else reducer.climb)
@@ -127,20 +140,24 @@ class _Run:
             self.images = reducer.survivors(self.items, self.images, later)
 
     @contextmanager
-    def _projecting(self, needs: Sequence[TowerNeed]) -> Iterator[None]:
-        """Projects the outputs of blocks whose patches are read in the space of the text tower."""
+    def _watching(self, needs: Sequence[TowerNeed]) -> Iterator[None]:
+        """Keeps the outputs of blocks whose patches are read, or projects them for the text tower.
 
-        def hook(need: Joint) -> Callable[..., None]:
-            def project(module: nn.Module, args: Any, output: Tensor) -> None:
-                if self.text_tower is not None:
-                    patches = output[:, self.adapter.n_prefix :]
-                    self.joint[need] = self.text_tower.patches(patches).flatten(0, 1)
+        The hooks come after that of a step, which leaves what it merged in a whole output.
+        """
 
-            return project
+        def hook(need: TowerNeed) -> Callable[..., None]:
+            def keep(module: nn.Module, args: Any, output: Tensor) -> None:
+                patches = output[..., self.adapter.n_prefix :, :]
+                if isinstance(need, Joint) and self.text_tower is not None:
+                    patches = self.text_tower.patches(patches)
+                self.outputs.setdefault(need, []).append(patches.flatten(0, -2).float())
+
+            return keep
 
         with ExitStack() as undo:
             for need in needs:
-                if isinstance(need, Joint):
+                if isinstance(need, (Joint, Patches)):
                     block = self.adapter.blocks(self.modality)[need.layer]
                     undo.callback(block.register_forward_hook(hook(need)).remove)
             yield
@@ -148,13 +165,16 @@ class _Run:
     @timed("score")
     def values(self, need: TowerNeed) -> list[Tensor]:
         """Returns a quantity at the free tokens of each item, ``[m_i, ...]``."""
-        flat = self.joint[need] if isinstance(need, Joint) else self.tap.value(need)
-        patches = flat.reshape(len(flat), -1)
-        carried = self.adapter.carry(self.modality, patches, self.batch)
         return [
-            value[item.free].reshape(-1, *flat.shape[1:])
-            for value, item in zip(carried, self.items, strict=True)
+            value[item.free] for value, item in zip(self.carried(need), self.items, strict=True)
         ]
+
+    def carried(self, need: TowerNeed) -> list[Tensor]:
+        """Returns a quantity of the tokens of each item, ``[n_i, ...]``."""
+        found = self.outputs.get(need)
+        flat = self.tap.value(need) if found is None else torch.cat(found)
+        carried = self.adapter.carry(self.modality, flat.reshape(len(flat), -1), self.batch)
+        return [value.reshape(-1, *flat.shape[1:]) for value in carried]
 
     def _images(self, needs: Sequence[TowerNeed]) -> Images:
         return Images(

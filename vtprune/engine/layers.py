@@ -102,17 +102,27 @@ class Layers:
             cut = decoding.cached(number)
             if cut is None:
                 return None
-            seen = rest["past_key_values"].get_seq_length(number) + cut.length - cut.index.shape[1]
-            self._refuse_window(number, seen + hidden.shape[1], rest)
-            return (hidden,), cut.step(rest, number, self._rotary(number))
+            held, cache = decoding.held.get(number), rest["past_key_values"]
+            known = cut.index.shape[1] if held is None else cut.length
+            seen = cache.get_seq_length(number) - known
+            self._refuse_window(number, cut.length + seen + hidden.shape[1], rest)
+            return (hidden,), cut.step(rest, seen, self._rotary(number))
 
         return before
 
+    # Asked in every layer and step, but the same in all of them.
+    @functools.cached_property
+    def _windows(self) -> list[int | None]:
+        return [getattr(layer.self_attn, "sliding_window", None) for layer in self.layers]
+
+    @functools.cached_property
+    def _by_type(self) -> bool:
+        return "layer_type" in inspect.signature(self.model.rotary_emb.forward).parameters
+
     def _refuse_window(self, number: int, length: int, kwargs: dict[str, Any]) -> None:
         """Raises where a sliding window would count tokens that are there instead of positions."""
-        windows = [getattr(layer.self_attn, "sliding_window", None) for layer in self.layers]
-        window, static = windows[number], is_static(kwargs)
-        if any(windows) and (static or (window is not None and length > window)):
+        window, static = self._windows[number], is_static(kwargs)
+        if any(self._windows) and (static or (window is not None and length > window)):
             what = "a static cache" if static else f"more than {window} tokens"
             raise UnsupportedError(
                 f"Layer {number} of this language model sees a sliding window, and tokens that "
@@ -123,7 +133,7 @@ class Layers:
     def _rotary(self, number: int) -> Rotary:
         """Returns what turns position ids into the rotary embeddings of a layer."""
         embed = self.model.rotary_emb
-        if "layer_type" not in inspect.signature(embed.forward).parameters:
+        if not self._by_type:
             return embed
         return functools.partial(embed, layer_type=self.model.config.layer_types[number])
 

@@ -5,14 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
 from transformers import Cache
 
 from vtprune.engine.compaction import Prompt
+from vtprune.engine.held import Held
 from vtprune.engine.report import CacheReport, TileReport
 from vtprune.engine.timing import Clock
 
 # Layers of a cache whose keys and values are all that it holds, one entry per token.
 PLAIN = {"DynamicLayer", "DynamicSlidingWindowLayer", "StaticLayer", "StaticSlidingWindowLayer"}
+PLAIN |= {"Held"}
 
 
 @dataclass
@@ -47,10 +50,19 @@ def cache_report(cache: Cache, short: int, full: int, window: int | None) -> Cac
     held = unpruned = allocated = 0
     for layer in layers:
         room = layer.keys.shape[2]
-        entry = sum(x.numel() * x.element_size() for x in (layer.keys, layer.values)) // room
+        entry = sum(_entry(x) for x in (layer.keys, layer.values))
         # A dynamic layer keeps one token less than its window: the next one comes with the query.
         last = full if window is None else window - (0 if layer.is_compileable else 1)
-        held += entry * min(int(layer.get_seq_length()) - behind, room)
         unpruned += entry * (min(full, last) if layer.is_sliding else full)
+        if isinstance(layer, Held):
+            held, allocated = held + layer.nbytes, allocated + layer.nbytes
+            continue
+        held += entry * min(int(layer.get_seq_length()) - behind, room)
         allocated += entry * room
     return CacheReport(held, unpruned, allocated)
+
+
+def _entry(x: Tensor) -> int:
+    """Returns the bytes that one token takes of keys or values ``[B, H, n, d]``."""
+    batch, heads, _, width = x.shape
+    return batch * heads * width * x.element_size()

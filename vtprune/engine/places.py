@@ -19,10 +19,21 @@ def places(ids: Tensor, items: Sequence[Item]) -> Tensor:
     Raises:
         UnsupportedError: the tokens of an image form no grid.
     """
-    found = torch.full((*ids.shape, 4), -1.0, device=ids.device)
+    return spread([_of(i, item) for i, item in enumerate(items)], ids, items, -1.0)
+
+
+def spread(values: Sequence[Tensor], ids: Tensor, items: Sequence[Item], other: float) -> Tensor:
+    """Returns ``values`` of the tokens of each item at their places in ``ids``, ``[B, L, C]``.
+
+    Args:
+        values: ``[n_i, C]`` each.
+        ids: ``[B, L]`` with as many placeholders as there are values.
+        other: what stands elsewhere.
+    """
+    found = values[0].new_full((*ids.shape, values[0].shape[1]), other, device=ids.device)
     for token in {item.modality.placeholder for item in items}:
-        own = [(i, item) for i, item in enumerate(items) if item.modality.placeholder == token]
-        found[ids == token] = torch.cat([_of(i, item) for i, item in own]).to(ids.device)
+        own = [v for v, i in zip(values, items, strict=True) if i.modality.placeholder == token]
+        found[ids == token] = torch.cat(own).to(ids.device)
     return found
 
 

@@ -88,7 +88,8 @@ def wrap(
         raise ConfigError("strategy=[] names none; give at least one.")
     if len(listed) > 1 and (options or layers is not None):
         raise ConfigError("Options and layers of several strategies go on their instances.")
-    chosen = [_with_layers(build(s, **options), layers) for s in listed]
+    home = model.config.name_or_path or ""
+    chosen = [_with_layers(build(s, **options), layers).beside(home) for s in listed]
     facts = _with_text(chosen, facts, text_tower)
     steps = _steps(chosen, _budgets(keep, chosen), facts, _policy(positions, facts), scope)
     reader = next((step.strategy.name for step in steps if step.stage.reads_text), None)
@@ -231,8 +232,10 @@ def _steps(
                     f"{strategy.name} reads the instruction inside the encoder, which runs before "
                     "the prompt is looked at. Let its stage act after the projector."
                 )
-            if stage.site is Site.DECODER and not all(
-                isinstance(need, DecoderNeed) for need in stage.needs
+            if (
+                stage.site is Site.DECODER
+                and stage.rule is None
+                and not all(isinstance(need, DecoderNeed) for need in stage.needs)
             ):
                 raise UnsupportedError(
                     f"{strategy.name} reads {stage.needs} inside the language model; a stage there "

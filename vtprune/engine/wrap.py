@@ -228,7 +228,7 @@ class Handle:
         cut = None if decoding is None else decoding.final()
         if cut is not None:
             self.index = self.final
-        if not prompt.changed and cut is None and not (decoding and decoding.kept):
+        if not prompt.changed and cut is None and not (decoding and decoding.held):
             return result
         for value in result.values() if isinstance(result, Mapping) else result:
             if isinstance(value, Cache):
@@ -249,7 +249,7 @@ class Handle:
         gaps = prompt.changed and self.positions == "keep"
         if self.acts_inside:
             seen = visual(self.adapter, prompt.ids)
-            self._decoding = Decoding.of(prompt, seen, self._items)
+            self._decoding = Decoding.of(prompt, seen, self._items, self._features)
         with timing(self._measured.clock, "language"):
             return self._call(original, batch, _Call(self, gaps, self._decoding))
 
@@ -270,7 +270,7 @@ class Handle:
     def _forget(self) -> None:
         """Begins a call: the report is of this one, not of the last with images."""
         self.selections, self._prompt, self.index = [], None, None
-        self._items, self._decoding = (), None
+        self._items, self._features, self._decoding = (), {}, None
         self._measured = Measured(Clock(self.model.device) if self.timing else None)
 
     def _encode(self, batch: Mapping[str, Any], valid: Tensor) -> tuple[Any, Prompt]:
@@ -279,9 +279,11 @@ class Handle:
             reads_text = any(step.stage.reads_text for step in self.outside)
             text = self._text(ids, valid) if reads_text else None
             tower = self._text_tower
-            encoded = encode(self.adapter, self.outside, batch, text, self.newlines, tower)
+            needs = self._computing.needs
+            encoded = encode(self.adapter, self.outside, batch, text, self.newlines, tower, needs)
             prompt = shorten(ids, valid, encoded.items, encoded.selections)
         self.selections, self._items = encoded.selections, encoded.items
+        self._features = encoded.features
         self._prompt, self.index, self._measured.tiles = prompt, prompt.index, encoded.tiles
         return encoded.outputs, prompt
 

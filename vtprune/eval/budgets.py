@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from vtprune.errors import ConfigError
-from vtprune.registry import strategy_class, strategy_names
+from vtprune.registry import build, strategy_names
+from vtprune.registry import spell as spell_strategy
 from vtprune.types import Budget
 
 UNPRUNED, BLIND = "unpruned", "blind"
@@ -60,12 +61,24 @@ def spell(keep: int | float) -> str:
 
 
 def split(text: str) -> tuple[str, ...]:
-    """Returns the entries of a comma-separated list, each once, in order."""
-    return tuple(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+    """Returns the entries of a comma-separated list, each once, in order.
+
+    A comma between brackets separates nothing.
+    """
+    parts, depth = [""], 0
+    for mark in text:
+        depth += (mark in "([") - (mark in ")]")
+        if mark == "," and depth <= 0:
+            parts.append("")
+        else:
+            parts[-1] += mark
+    return tuple(dict.fromkeys(part.strip() for part in parts if part.strip()))
 
 
 def check_strategies(names: Sequence[str]) -> tuple[str, ...]:
     """Returns the names, with ``all`` replaced by every strategy there is.
+
+    They may have options: ``zipvl(tau=0.96)``.
 
     Raises:
         ConfigError: no name, or an unknown one.
@@ -74,8 +87,8 @@ def check_strategies(names: Sequence[str]) -> tuple[str, ...]:
         raise ConfigError(f"No strategy was given. Known: {', '.join(strategy_names())}, or 'all'.")
     wanted = [found for name in names for found in (strategy_names() if name == "all" else [name])]
     for name in wanted:
-        strategy_class(name)
-    return tuple(dict.fromkeys(wanted))
+        build(name)
+    return tuple(dict.fromkeys(map(spell_strategy, wanted)))
 
 
 def points(strategies: Sequence[str], budgets: Sequence[str]) -> list[Point]:
@@ -93,6 +106,6 @@ def points(strategies: Sequence[str], budgets: Sequence[str]) -> list[Point]:
     below = [text for text in spelled if text != "100%"]
     found = [CEILING, FLOOR]
     for name in check_strategies(strategies):
-        computes = strategy_class(name).kind == "compute"
+        computes = build(name).kind == "compute"
         found += [Point(name, budget) for budget in (["100%"] if computes else below)]
     return found

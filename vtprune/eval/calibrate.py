@@ -29,6 +29,7 @@ from vtprune.scoring.contribution import (
 )
 
 Inputs = Mapping[str, Tensor]
+FIRST = 900_000  # sample; far behind those that a sweep measures
 
 
 @torch.no_grad()
@@ -133,6 +134,8 @@ def calibrate_shortv(
 ) -> list[tuple[int, float]]:
     """Measures the layers of a model on ``limit`` samples and writes their order to ``out``.
 
+    In a model's own folder, as ``shortv.json``, ``shortv`` finds it by itself.
+
     Args:
         name: of the model; it, ``device`` and ``dtype`` are as ``shipped.load`` takes them.
 
@@ -149,8 +152,8 @@ def calibrate_shortv(
     ask = Asker(processor)
 
     def batches() -> Iterable[Inputs]:
-        for first in range(0, limit, batch_size):
-            samples = found.load(first, min(first + batch_size, limit))
+        for first in range(FIRST, FIRST + limit, batch_size):
+            samples = found.load(first, min(first + batch_size, FIRST + limit))
             inputs = ask([s.question for s in samples], [s.image for s in samples])
             yield {key: value.to(model.device) for key, value in inputs.items()}
 

@@ -25,12 +25,13 @@ from vtprune.eval import samples, shipped
 from vtprune.eval import scenes as making
 from vtprune.eval import show as showing
 from vtprune.eval import train_gates as gating
+from vtprune.eval import train_saisa as projecting
 from vtprune.eval.budgets import BUDGETS, STRATEGIES, Point, parse_keep, points, split
 from vtprune.eval.export import write_parquet
 from vtprune.eval.output import progress_bar, write_output
 from vtprune.eval.results import Folder, check_folder, write_whole
 from vtprune.eval.sweep import Sweep, settings_of
-from vtprune.registry import family_notes, strategy_class, strategy_names
+from vtprune.registry import build, family_notes, strategy_class, strategy_names
 
 
 class _Commands(TyperGroup):
@@ -73,9 +74,9 @@ def vtprune(
 def sweep(
     ctx: typer.Context,
     model: Model = shipped.DEFAULT,
-    strategy: Annotated[str, typer.Option(help="Names with commas, or 'all'.")] = ",".join(
-        STRATEGIES
-    ),
+    strategy: Annotated[
+        str, typer.Option(help="Names with commas, options as in 'zipvl(tau=0.96)'; or 'all'.")
+    ] = ",".join(STRATEGIES),
     keep: Annotated[
         str, typer.Option(help="Budgets with commas: 64 is tokens; 0.25 or 25% is a share.")
     ] = ",".join(BUDGETS),
@@ -150,7 +151,7 @@ def show(
     model: Model = shipped.DEFAULT,
 ) -> None:
     """Answer a question about one image, and draw the patches that were kept."""
-    if strategy_class(strategy).kind == "compute":
+    if build(strategy).kind == "compute":
         raise ConfigError(f"{strategy} keeps all visual tokens, so there is nothing to draw.")
     budget = parse_keep(keep)
     picture, asked = showing.what_to_show(image, scene, question)
@@ -214,38 +215,40 @@ def calibrate(
 
 @app.command()
 def train(
-    strategy: Annotated[str, typer.Argument(help="dyvte: its gates.")],
+    strategy: Annotated[str, typer.Argument(help="dyvte: its gates; saisa: its projectors.")],
     model: Model = shipped.DEFAULT,
-    samples: Annotated[int, typer.Option(min=8, help="Scenes; a quarter calibrates.")] = 512,
-    out: Annotated[Path, typer.Option(help="File to write; beside it what resumes it.")] = Path(
-        "gates.safetensors"
-    ),
-    form: Annotated[str, typer.Option(help="shared (one small gate) or per_layer.")] = "shared",
-    seed: Annotated[int, typer.Option(min=0, max=10**9, help="Of the gates' weights.")] = 0,
+    samples: Annotated[
+        int | None,
+        typer.Option(min=8, help="Scenes: 512, of which a quarter calibrates; of saisa 12000."),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="File to write: gates or projectors.safetensors; resumed beside it."),
+    ] = None,
+    form: Annotated[str, typer.Option(help="Gates: shared (a small one) or per_layer.")] = "shared",
+    seed: Annotated[int, typer.Option(min=0, max=10**9, help="Of the weights.")] = 0,
     device: Annotated[str, typer.Option(help="As torch names it.")] = "cpu",
     dtype: Annotated[str, typer.Option(help=f"One of {', '.join(shipped.DTYPES)}.")] = "float32",
 ) -> None:
     """Train what a strategy asks of a model, from answers that the model gives itself."""
-    if strategy != "dyvte":
+    if strategy not in ("dyvte", "saisa"):
         strategy_class(strategy)
-        raise ConfigError(f"{strategy} has nothing to train; only 'dyvte' does.")
+        raise ConfigError(f"{strategy} has nothing to train; only 'dyvte' and 'saisa' do.")
+    gates = strategy == "dyvte"
+    out = out or Path("gates.safetensors" if gates else "projectors.safetensors")
+    number = samples or (512 if gates else 12000)
     console = Console(highlight=False, soft_wrap=True)
     with progress_bar(console) as progress:
-        bar = progress.add_task("samples", total=samples)
-        found = gating.train_dyvte(
-            model,
-            out,
-            samples=samples,
-            form=form,
-            seed=seed,
-            device=device,
-            dtype=dtype,
-            advance=lambda n: progress.advance(bar, n),
-        )
-    console.print("layer  may leave  gate is right (of held-out samples)")
-    for layer, (may, right) in found.items():
-        console.print(f"{layer:>5}  {may:>9.0%}  {right:>13.0%}")
-    console.print(f"File: {escape(str(out))}; wrap(model, 'dyvte', keep=..., gates=FILE).")
+        bar = progress.add_task("samples", total=number)
+        how: dict[str, Any] = {"samples": number, "seed": seed, "device": device, "dtype": dtype}
+        how["advance"] = lambda n: progress.advance(bar, n)
+        if gates:
+            lines = gating.told(gating.train_dyvte(model, out, form=form, **how))
+        else:
+            lines = projecting.told(projecting.train_saisa(model, out, **how))
+    console.print("\n".join(lines))
+    use = "keep=..., gates=FILE" if gates else "projectors=FILE"
+    console.print(f"File: {escape(str(out))}; wrap(model, '{strategy}', {use}).")
 
 
 @app.command("list")

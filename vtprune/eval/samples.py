@@ -127,6 +127,10 @@ class Asker:
         texts = self.processor.batch_decode(new_ids, skip_special_tokens=True)
         return [answer_of(text) for text in texts]
 
+    def tail(self, question: str) -> str:
+        """Returns what comes after the image in the prompt with this question."""
+        return self._prompt(question, True).rpartition(self.processor.image_token)[2]
+
     def _prompt(self, question: str, with_image: bool) -> str:
         image = [{"type": "image"}] if with_image else []
         text = f"{question} {self.hint}".strip()

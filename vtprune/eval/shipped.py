@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any, cast
 
@@ -118,7 +119,10 @@ def fingerprint(model: PreTrainedModel, processor: Any) -> str:
         ends = torch.cat([flat[:64], flat[-64:]]).cpu().float()
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
         digest.update(ends.numpy().tobytes())
-    tokenizer = getattr(processor.tokenizer, "backend_tokenizer", None)
+    tokenizer = deepcopy(getattr(processor.tokenizer, "backend_tokenizer", None))
+    if tokenizer is not None:  # calls leave in it how they padded
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
     parts = {
         "config": model.config.to_diff_dict(),
         "images": processor.image_processor.to_dict(),

@@ -26,7 +26,7 @@ from vtprune.eval.rows import Answer, Timing
 from vtprune.eval.samples import MAX_NEW_TOKENS, Asker, Sample, find_tasks
 from vtprune.eval.shipped import fingerprint
 from vtprune.flops import Cost, Shape
-from vtprune.registry import build, strategy_class
+from vtprune.registry import build, read, strategy_class
 from vtprune.types import Strategy
 
 # What answers depend on besides this package; pillow and torchvision make the pixels.
@@ -176,13 +176,14 @@ class Sweep:
 
 
 def seeded(name: str, seed: int, first: int) -> Strategy:
-    """Returns the strategy; one that has a ``seed`` gets another for each batch.
+    """Returns the strategy; one that has a ``seed`` and is given none gets another for each batch.
 
     A random choice depends on its seed alone, and one choice of places for all images would make
     the baseline a matter of luck.
     """
-    options = {"seed": 1_000_000 * seed + first} if "seed" in strategy_class(name).options() else {}
-    return build(name, **options)
+    cls, given = strategy_class(read(name)[0]), read(name)[1]
+    draws = "seed" in cls.options() and "seed" not in given
+    return build(name, **({"seed": 1_000_000 * seed + first} if draws else {}))
 
 
 def settings_of(

@@ -35,26 +35,33 @@ class Words:
         return Words(*(torch.tensor(some, dtype=torch.long, device=device) for some in ids))
 
 
-def packed_mask(prefix: int, device: torch.device) -> Tensor:
+def packed_mask(
+    prefix: int, device: torch.device, blocks: int = N_BLOCKS, length: int = BLOCK
+) -> Tensor:
     """Attention mask ``[1, 1, S, S]`` (True = visible).
 
     Question blocks see the prefix (words and image) and themselves, not each other.
     """
-    block = torch.arange(N_BLOCKS, device=device).repeat_interleave(BLOCK)
+    block = torch.arange(blocks, device=device).repeat_interleave(length)
     owner = torch.cat([torch.full((prefix,), -1, device=device), block])
     causal = torch.ones(len(owner), len(owner), dtype=torch.bool, device=device).tril()
     seen = causal & ((owner[None] == -1) | (owner[None] == owner[:, None]))
     return seen[None, None]
 
 
-def packed_positions(prefix: int, device: torch.device) -> Tensor:
+def packed_positions(
+    prefix: int, device: torch.device, blocks: int = N_BLOCKS, length: int = BLOCK
+) -> Tensor:
     """Positions ``[S]`` of the prefix and then of each block as if it alone followed."""
-    return torch.cat([torch.arange(prefix, device=device), block_positions(prefix, device)])
+    behind = block_positions(prefix, device, blocks, length)
+    return torch.cat([torch.arange(prefix, device=device), behind])
 
 
-def block_positions(first: int, device: torch.device) -> Tensor:
-    """Positions ``[N_BLOCKS * BLOCK]`` of the question blocks, each from ``first`` on."""
-    return first + torch.arange(BLOCK, device=device).repeat(N_BLOCKS)
+def block_positions(
+    first: int, device: torch.device, blocks: int = N_BLOCKS, length: int = BLOCK
+) -> Tensor:
+    """Positions ``[blocks * length]`` of the question blocks, each from ``first`` on."""
+    return first + torch.arange(length, device=device).repeat(blocks)
 
 
 def answering_losses(

@@ -58,6 +58,11 @@ class Reading(_Inside):
         self.seen.append(signals)
         return [signals.n] * len(signals.tokens)
 
+    def states(self) -> Tensor:
+        """Returns what gates read in the first call, ``[B, L, W]`` on the CPU; of layer 0 zeros."""
+        read = self.seen[0].stack(TextState).cpu()
+        return torch.cat([torch.zeros_like(read[:1]), read]).transpose(0, 1)
+
 
 @dataclass(frozen=True)
 class Leaving(_Inside):
@@ -100,9 +105,7 @@ def label(model: Any, inputs: Inputs, max_new_tokens: int = MAX_NEW_TOKENS) -> L
     reading = Reading()
     with wrap(model, reading, keep=1.0):
         ids = model.generate(**inputs, **options, suppress_tokens=never)
-    values = reading.seen[0].values
     first, depth = adapter.facts.first_stage, adapter.facts.decoder_layers
-    states = [values[TextState(layer)][0].cpu() for layer in range(1, depth)]
     told = _with_answer(inputs, ids)
     n = ids.shape[1] - inputs["input_ids"].shape[1]
     likeliest, loss = _read(model, told, n)
@@ -112,7 +115,7 @@ def label(model: Any, inputs: Inputs, max_new_tokens: int = MAX_NEW_TOKENS) -> L
             without, more = _read(model, told, n)
         same = (without == likeliest).float().mean() > 0.99
         labels[layer] = int(bool(same) and more < FACTOR * loss + NATS)
-    return Labelled(torch.stack([torch.zeros_like(states[0]), *states])[None], labels[None])
+    return Labelled(reading.states(), labels[None])
 
 
 def _with_answer(inputs: Inputs, ids: Tensor) -> dict[str, Tensor]:
@@ -230,6 +233,12 @@ def margins_of(gates: Gates, labelled: Labelled) -> Tensor:
     for layer in range(1, gates.depth):
         found[:, layer] = gates.margin(labelled.states[:, layer], layer)
     return found
+
+
+def told(found: Mapping[int, tuple[float, float]]) -> list[str]:
+    """Returns what ``train_dyvte`` returns in lines."""
+    lines = ["layer  may leave  gate is right (of held-out samples)"]
+    return lines + [f"{at:>5}  {may:>9.0%}  {right:>13.0%}" for at, (may, right) in found.items()]
 
 
 def train_dyvte(

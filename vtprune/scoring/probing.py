@@ -28,8 +28,9 @@ def probes(n: int, recent: int = 64, chance: int = 64, seed: int = 0) -> Tensor:
             "0 or more by chance."
         )
     before = max(0, n - recent)
-    drawn = torch.randperm(before, generator=torch.Generator().manual_seed(seed))[:chance]
-    return torch.cat([drawn.sort().values, torch.arange(before, n)])
+    chosen = torch.Generator("cpu").manual_seed(seed)
+    drawn = torch.randperm(before, generator=chosen, device="cpu")[:chance]
+    return torch.cat([drawn.sort().values, torch.arange(before, n, device="cpu")])
 
 
 def accumulated(q: Tensor, k: Tensor, seen: Tensor, scale: float | None = None) -> Tensor:

@@ -28,8 +28,10 @@ class Compute(Strategy):
                 "show. Use a strategy that acts before it, such as 'divprune'."
             )
         layers = self.used_layers(facts)
+        rules = [self.rule(layer, facts) for layer in layers]
         return tuple(
-            Stage(Site.DECODER, layer=layer, rule=self.rule(layer, facts)) for layer in layers
+            Stage(Site.DECODER, rule.needs, layer, rule=rule)
+            for layer, rule in zip(layers, rules, strict=True)
         )
 
     def rule(self, layer: int, facts: Facts) -> RowRule:

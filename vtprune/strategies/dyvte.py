@@ -3,19 +3,20 @@
 A small trained gate reads the words after the image as they enter a layer: the mean of all but the
 last, and the last. Where it says exit, the text has seen enough: the prefill is shorter from there
 on, and so are those layers' caches. arXiv 2411.19628 (DoubtedSteam/DyVTE). Each sample leaves on
-its own; one word after the image is its own mean, of which that code makes no number. No gates come
-with the package: ``vtprune train dyvte`` makes some. ``keep`` is reached on average over samples
-like those that the gates were calibrated on. Defaults: official code, but for the threshold.
+its own; one word after the image is its own mean, of which that code makes no number. Gates come
+with the shipped models; ``vtprune train dyvte`` makes those of others. ``keep`` is reached on
+average over samples like those that the gates were calibrated on. Defaults: official code, but for
+the threshold.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 from vtprune.errors import ConfigError, InputError
-from vtprune.gates import TRAIN, Gates, load
+from vtprune.gates import KIND, TRAIN, Gates, load
 from vtprune.gates import threshold as calibrated
 from vtprune.scoring.schedule import check_mean
 from vtprune.types import (
@@ -33,7 +34,9 @@ from vtprune.types import (
 
 @dataclass(frozen=True)
 class DyVTE(Strategy):
-    """``gates``: a file of them, or the name of a model whose gates come with the package.
+    """``gates``: a file of them, a folder that holds it, or the name of a shipped model.
+
+    By default the folder that the model was loaded from.
 
     ``layers`` are those before which tokens may leave, by default all but the first. ``keep`` is
     the mean number of visual tokens that enter a layer. With a ``threshold`` tokens leave where
@@ -51,6 +54,9 @@ class DyVTE(Strategy):
     def __post_init__(self) -> None:
         if self.threshold is not None and math.isnan(self.threshold):
             raise ConfigError(f"threshold={self.threshold} must be a number.")
+
+    def beside(self, folder: str) -> DyVTE:
+        return self if self.gates is not None else replace(self, gates=KIND.beside(folder))
 
     def default_layers(self, facts: Facts) -> tuple[int, ...]:
         return tuple(range(facts.first_stage, facts.decoder_layers))
@@ -82,7 +88,7 @@ class DyVTE(Strategy):
     def found(self, device: str = "cpu") -> Gates:
         """Returns the gates; raises ConfigError where there are none."""
         if self.gates is None:
-            raise ConfigError(f"{self.name} has no gates of its own. {TRAIN}")
+            raise ConfigError(f"{self.name} has no gates for this model. {TRAIN}")
         return load(self.gates, device)
 
     def counts(self, signals: Signals, budget: Budget) -> list[int]:

@@ -14,71 +14,35 @@ Defaults: official code.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from torch import Tensor
 
-from vtprune.errors import ConfigError
 from vtprune.kernels.topk_sorted import topk_sorted
 from vtprune.scoring.clustering import recycle
 from vtprune.scoring.raters import raters
-from vtprune.scoring.schedule import check_mean, staged_counts
-from vtprune.types import (
-    Budget,
-    EachText,
-    Facts,
-    Likeness,
-    Quantity,
-    Scope,
-    Selection,
-    Signals,
-    Site,
-    Stage,
-    Strategy,
-)
+from vtprune.strategies._staged import Staged
+from vtprune.types import EachText, Likeness, Quantity, Selection, Signals
 
 
 @dataclass(frozen=True)
-class SparseVLM(Strategy):
-    """``layers`` are those before which tokens leave, by default 3, 7 and 16 of 32.
+class SparseVLM(Staged):
+    """``layers``, by default 3, 7 and 16 of 32, and ``ratios`` as in ``Staged``.
 
-    ``ratios`` say what is left of all visual tokens before each, the last ones where there are
-    fewer layers. ``keep`` is the mean number of visual tokens that enter a layer: the ratios get
-    the power that leads there. ``recycle``: whether some of those left are means of dropped ones.
+    ``recycle``: whether some of the tokens left are means of dropped ones.
     """
 
-    kind: ClassVar[Literal["adaptive"]] = "adaptive"
-    acts_inside: ClassVar[bool] = True
-    scope: ClassVar[Scope] = "sample"
+    before: ClassVar[tuple[int, ...]] = (3, 7, 16)
 
     ratios: tuple[float, ...] = (309 / 576, 204 / 576, 113 / 576)
     recycle: bool = True
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "ratios", tuple(self.ratios))
-        steps = zip((1.0, *self.ratios), self.ratios, strict=False)
-        if not self.ratios or not all(1 >= a > b > 0 for a, b in steps):
-            raise ConfigError(f"ratios={self.ratios} must fall, from below 1 to above 0.")
+    def read(self, at: int, first: int) -> tuple[Quantity, ...]:
+        return Likeness(0), *self.attention(at - 1)
 
-    def default_layers(self, facts: Facts) -> tuple[int, ...]:
-        return tuple(sorted({facts.scale_decoder(layer, 32) for layer in (3, 7, 16)}))
-
-    def plan(self, facts: Facts) -> tuple[Stage, ...]:
-        layers = self.used_layers(facts)
-        if len(layers) > len(self.ratios):
-            raise ConfigError(f"layers={layers} need as many ratios; given are {self.ratios}.")
-        return tuple(Stage(Site.DECODER, (Likeness(0), *self.read(at - 1)), at) for at in layers)
-
-    def read(self, layer: int) -> tuple[Quantity, ...]:
+    def attention(self, layer: int) -> tuple[Quantity, ...]:
         """Returns what is read of the layer after which tokens leave."""
         return (EachText(layer),)
-
-    def check_budget(self, budget: Budget, facts: Facts) -> None:
-        check_mean(budget, self.used_layers(facts)[0], facts, self.name)
-
-    def counts(self, signals: Signals, budget: Budget) -> list[int]:
-        n_stages = len(signals.inside.layers) if signals.inside else 1
-        return staged_counts(signals, budget, self.ratios[-n_stages:], self.name)
 
     def select(self, signals: Signals, k: int) -> Selection:
         rating = self.rating(signals)

@@ -42,7 +42,7 @@ class SparseVLMPlus(SparseVLM):
         if isinstance(self.heads, bool) or self.heads < 1:
             raise ConfigError(f"heads={self.heads!r} must be a count of at least 1.")
 
-    def read(self, layer: int) -> tuple[Quantity, ...]:
+    def attention(self, layer: int) -> tuple[Quantity, ...]:
         return EachHead(layer), Turned(layer)
 
     def rating(self, signals: Signals) -> Tensor:

@@ -12,41 +12,26 @@ Defaults: official scripts.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from torch import Tensor
 
 from vtprune.errors import ConfigError
-from vtprune.scoring.schedule import check_mean, staged_counts
-from vtprune.types import (
-    Budget,
-    Facts,
-    Quantity,
-    Scope,
-    Signals,
-    Site,
-    Stage,
-    Strategy,
-    TextRows,
-    Transition,
-)
+from vtprune.strategies._staged import Staged
+from vtprune.types import Quantity, Signals, TextRows, Transition
 
 
 @dataclass(frozen=True)
-class TransPrune(Strategy):
-    """``layers`` are those before which tokens leave, by default 7, 9 and 12 of 32.
+class TransPrune(Staged):
+    """``layers``, by default 7, 9 and 12 of 32, and ``ratios`` as in ``Staged``.
 
-    ``ratios`` say what is left of all visual tokens before each, the last ones where there are
-    fewer layers. ``keep`` is the mean number of visual tokens that enter a layer: the ratios get
-    the power that leads there, none at 0.41. For the authors' lower budget ``keep=0.314`` with
+    ``keep=0.41`` leaves the ratios as they are. For the authors' lower budget ``keep=0.314`` with
     ``ratios=(0.65, 0.25, 0.05)`` has their FLOPs; theirs are not public. ``alpha`` weighs
     transition against ``instruction``, which can be left out; ``abs_cos`` takes the cosine's
     absolute value.
     """
 
-    kind: ClassVar[Literal["adaptive"]] = "adaptive"
-    acts_inside: ClassVar[bool] = True
-    scope: ClassVar[Scope] = "sample"
+    before: ClassVar[tuple[int, ...]] = (7, 9, 12)
 
     ratios: tuple[float, ...] = (0.875, 0.625, 0.125)
     alpha: float = 0.5
@@ -54,32 +39,13 @@ class TransPrune(Strategy):
     abs_cos: bool = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "ratios", tuple(self.ratios))
-        steps = zip((1.0, *self.ratios), self.ratios, strict=False)
-        if not self.ratios or not all(1 >= a > b > 0 for a, b in steps):
-            raise ConfigError(f"ratios={self.ratios} must fall, from below 1 to above 0.")
+        super().__post_init__()
         if not 0 <= self.alpha <= 1:
             raise ConfigError(f"alpha={self.alpha} must be from 0 to 1.")
 
-    def default_layers(self, facts: Facts) -> tuple[int, ...]:
-        return tuple(sorted({facts.scale_decoder(layer, 32) for layer in (7, 9, 12)}))
-
-    def plan(self, facts: Facts) -> tuple[Stage, ...]:
-        layers = self.used_layers(facts)
-        if len(layers) > len(self.ratios):
-            raise ConfigError(f"layers={layers} need as many ratios; given are {self.ratios}.")
-        return tuple(Stage(Site.DECODER, self._read(layers[0] - 1, at), at) for at in layers)
-
-    def _read(self, first: int, at: int) -> tuple[Quantity, ...]:
-        moved = tuple(Transition(layer, self.abs_cos) for layer in range(first, at))
+    def read(self, at: int, first: int) -> tuple[Quantity, ...]:
+        moved = tuple(Transition(layer, self.abs_cos) for layer in range(first - 1, at))
         return (*moved, TextRows(at)) if self.instruction else moved
-
-    def check_budget(self, budget: Budget, facts: Facts) -> None:
-        check_mean(budget, self.used_layers(facts)[0], facts, self.name)
-
-    def counts(self, signals: Signals, budget: Budget) -> list[int]:
-        n_stages = len(signals.inside.layers) if signals.inside else 1
-        return staged_counts(signals, budget, self.ratios[-n_stages:], self.name)
 
     def score(self, signals: Signals) -> Tensor:
         moved = _share(signals.stack(Transition).sum(0))  # [B, N]

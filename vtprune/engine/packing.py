@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from vtprune.errors import ConfigError, InputError
-
-BITS = (1, 2, 4, 8)
+from vtprune.rules import BITS
 
 
 @dataclass(frozen=True)
@@ -33,6 +32,11 @@ class Packed:
     def nbytes(self) -> int:
         """Bytes that are held."""
         return sum(x.numel() * x.element_size() for x in (self.codes, self.step, self.low))
+
+    def rows(self, index: Tensor) -> Packed:
+        """Returns some rows of the first dimension; ``index`` ``[b]`` int64."""
+        codes, step, low = (x[index.to(x.device)] for x in (self.codes, self.step, self.low))
+        return replace(self, codes=codes, step=step, low=low)
 
     def unpack(self) -> Tensor:
         """Returns the tensor ``[..., d]``, each number at most half a step off.

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vtprune.engine.packing import BITS, pack
 from vtprune.errors import ConfigError, InputError
-from vtprune.scoring.packing import BITS, pack
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

@@ -1,0 +1,62 @@
+"""Strategies in a list, one after the other, held against the oracles."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+import vtprune
+from tests.families.oracles import gather_is_mask, inputs_of, keeps_all, model_of
+from tests.families.test_strategies import FAMILIES
+from tests.probes import generate
+from vtprune.registry import build
+from vtprune.strategies.transprune import TransPrune
+
+# By name: the strategies, and what each keeps of what the one before it has left.
+LISTS: dict[str, tuple[list[Any], list[float]]] = {
+    "visionzip, transprune": (["visionzip", "transprune"], [0.6, 0.6]),
+    "vispruner, transprune without instruction": (
+        ["vispruner", TransPrune(instruction=False)],
+        [0.8, 0.6],
+    ),
+    "divprune, sparsevlm": (["divprune", "sparsevlm"], [0.7, 0.6]),
+    "todre, pyramiddrop": (["todre", "pyramiddrop"], [0.7, 0.6]),
+    "visionzip, fastv, dart": (
+        ["visionzip", build("fastv", layers=(1,)), build("dart", layers=(3,))],
+        [0.7, 0.6, 0.6],
+    ),
+}
+
+
+def given(family: str, listed: str) -> dict[str, Any]:
+    strategies, keep = LISTS[listed]
+    return {"strategy": strategies, "keep": keep, "processor": model_of(family)[1]}
+
+
+@pytest.mark.parametrize("listed", LISTS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_gather_equals_mask(family, listed):
+    wrap = given(family, listed)
+    report = gather_is_mask(family, inputs_of(family, "ragged"), wrap, steps=10).report()
+    assert any(image.kept < image.tokens for image in report.images)
+    assert any(stage.kept < stage.tokens for stage in report.stages)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_keep_all_is_bit_identical(family):
+    wrap = {**given(family, "visionzip, transprune"), "keep": [1.0, 1.0]}
+    keeps_all(family, "ragged", **wrap)
+
+
+@pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
+def test_fewer_tokens_compute_less(family):
+    model, inputs = model_of(family)[0], inputs_of(family, "ragged")
+    listed = ["visionzip", build("shortv", layers=(2, 3))]
+    with vtprune.wrap(model, "visionzip", keep=0.5) as handle:
+        generate(model, inputs, 10)
+        alone = handle.report().prefill()
+    with vtprune.wrap(model, listed, keep=0.5) as handle:
+        generate(model, inputs, 10)
+        both = handle.report().prefill()
+    assert both.flops < alone.flops
