@@ -130,17 +130,16 @@ def untrained(model: Any, inputs: dict[str, Any], folder: Path) -> dict[str, Str
     """
     text, features = model.config.text_config, model.config.vision_config.hidden_size
     depth, width = text.num_hidden_layers, text.hidden_size
-    gates, reading = make("shared", depth, 2 * width), Reading()
-    with vtprune.wrap(model, reading, keep=1.0):
-        first_token(model, inputs)
-    states = reading.states()
-    gates.margins = margins_of(gates, Labelled(states, torch.zeros(1, depth)))
-    save(gates, folder / "gates.safetensors")
     made = Projectors([Projector(features, width, width) for _ in range(depth)])
-    return {
-        "dyvte": build("dyvte", gates=str(folder / "gates.safetensors")),
-        "saisa": build("saisa", projectors=made.to(model.device)),
-    }
+    found = {"saisa": build("saisa", projectors=made.to(model.device, model.dtype))}
+    if depth > 1:  # else there is no layer before which tokens may leave
+        gates, reading = make("shared", depth, 2 * width), Reading()
+        with vtprune.wrap(model, reading, keep=1.0):
+            first_token(model, inputs)
+        gates.margins = margins_of(gates, Labelled(reading.states(), torch.zeros(1, depth)))
+        save(gates, folder / "gates.safetensors")
+        found["dyvte"] = build("dyvte", gates=str(folder / "gates.safetensors"))
+    return found
 
 
 def wrapped(model: Any, strategy: Strategy, keep: int | float) -> vtprune.Handle:

@@ -259,7 +259,7 @@ def test_names_are_no_markup(run, model_dir, tmp_path):
     odd = shutil.copytree(model_dir, tmp_path / "m_[/x] $\\foo$")
     result = run(*sweep_args(odd, "--strategy", "strided", "--keep", "25%", "--limit", 2))
     assert result.exit_code == 0, result.output
-    assert "m_[/x]" in result.output
+    assert "m_[/x]" in result.output.replace("\n", "")  # a long path takes several lines
 
 
 def test_version(run):

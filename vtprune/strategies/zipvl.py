@@ -28,13 +28,11 @@ from vtprune.types import Facts, RowRule
 
 @dataclass(frozen=True)
 class ZipVL(Compute):
-    """What is chosen in each layer, and what becomes of it in that layer's cache.
+    """``tau``, above 0 and up to 1: the share of attention; 0.96 is the authors' lower one.
 
-    Attributes:
-        tau: above 0 and up to 1, the share of attention; 0.96 is the authors' lower one.
-        others: what becomes of tokens that are not chosen: they ``drop``, ``pack`` or ``keep``.
-        bits: with ``pack``, those of chosen tokens and of the others: 1, 2, 4 or 8.
-        every: after so many tokens behind the prompt it is chosen among them; None = never.
+    ``others`` says what becomes in the cache of tokens that are not chosen: they ``drop``, ``pack``
+    or ``keep``. With ``pack``, ``bits`` are those of chosen tokens and of the others: 1, 2, 4 or 8.
+    After ``every`` so many tokens behind the prompt it is chosen among them; None = never.
     """
 
     tau: float = 0.975
