@@ -256,10 +256,11 @@ def test_ctrl_c_while_loading(run, model_dir, monkeypatch):
 
 
 def test_names_are_no_markup(run, model_dir, tmp_path):
-    odd = shutil.copytree(model_dir, tmp_path / "m_[/x] $\\foo$")
+    odd = "m_[/x] $\\foo$"  # from the folder that we are in, so that it fits into a line
+    shutil.copytree(model_dir, tmp_path / odd)
     result = run(*sweep_args(odd, "--strategy", "strided", "--keep", "25%", "--limit", 2))
     assert result.exit_code == 0, result.output
-    assert "m_[/x]" in result.output.replace("\n", "")  # a long path takes several lines
+    assert "m_[/x]" in result.output
 
 
 def test_version(run):
