@@ -124,6 +124,7 @@ def test_the_command_writes_gates_and_uses_its_samples_again(tmp_path, model_dir
         (("dyvtes",), "Unknown strategy 'dyvtes'. Did you mean 'dyvte'?"),
         (("dyvte", "--out", "absent/x"), "there is no folder absent"),
         (("dyvte", "--form", "deep"), "form='deep' is unknown; choose shared or per_layer"),
+        (("saisa", "--form", "shared"), "--form shared is of the gates of dyvte; leave it out"),
     ],
 )
 def test_what_cannot_be_trained(words, message, tmp_path, monkeypatch):

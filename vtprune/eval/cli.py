@@ -225,7 +225,9 @@ def train(
         Path | None,
         typer.Option(help="File to write: gates or projectors.safetensors; resumed beside it."),
     ] = None,
-    form: Annotated[str, typer.Option(help="Gates: shared (a small one) or per_layer.")] = "shared",
+    form: Annotated[
+        str | None, typer.Option(help="Gates: shared (a small one, the default) or per_layer.")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, max=10**9, help="Of the weights.")] = 0,
     device: Annotated[str, typer.Option(help="As torch names it.")] = "cpu",
     dtype: Annotated[str, typer.Option(help=f"One of {', '.join(shipped.DTYPES)}.")] = "float32",
@@ -235,6 +237,8 @@ def train(
         strategy_class(strategy)
         raise ConfigError(f"{strategy} has nothing to train; only 'dyvte' and 'saisa' do.")
     gates = strategy == "dyvte"
+    if form is not None and not gates:
+        raise ConfigError(f"--form {form} is of the gates of dyvte; leave it out for {strategy}.")
     out = out or Path("gates.safetensors" if gates else "projectors.safetensors")
     number = samples or (512 if gates else 12000)
     console = Console(highlight=False, soft_wrap=True)
@@ -243,7 +247,7 @@ def train(
         how: dict[str, Any] = {"samples": number, "seed": seed, "device": device, "dtype": dtype}
         how["advance"] = lambda n: progress.advance(bar, n)
         if gates:
-            lines = gating.told(gating.train_dyvte(model, out, form=form, **how))
+            lines = gating.told(gating.train_dyvte(model, out, form=form or "shared", **how))
         else:
             lines = projecting.told(projecting.train_saisa(model, out, **how))
     console.print("\n".join(lines))
