@@ -10,10 +10,12 @@ import vtprune
 from tests.families.oracles import gather_is_mask, inputs_of, keeps_all, model_of
 from tests.families.test_strategies import FAMILIES
 from tests.probes import generate
+from vtprune.engine.plan import find_adapter
 from vtprune.registry import build
 from vtprune.strategies.transprune import TransPrune
 
-# By name: the strategies, and what each keeps of what the one before it has left.
+# By name: the strategies, and what each keeps of what the one before it has left. A pair is a name
+# and the layer of the language model that it acts before, counted from the end.
 LISTS: dict[str, tuple[list[Any], list[float]]] = {
     "visionzip, transprune": (["visionzip", "transprune"], [0.6, 0.6]),
     "vispruner, transprune without instruction": (
@@ -22,16 +24,18 @@ LISTS: dict[str, tuple[list[Any], list[float]]] = {
     ),
     "divprune, sparsevlm": (["divprune", "sparsevlm"], [0.7, 0.6]),
     "todre, pyramiddrop": (["todre", "pyramiddrop"], [0.7, 0.6]),
-    "visionzip, fastv, dart": (
-        ["visionzip", build("fastv", layers=(1,)), build("dart", layers=(3,))],
-        [0.7, 0.6, 0.6],
-    ),
+    "visionzip, fastv, dart": (["visionzip", ("fastv", 2), ("dart", 1)], [0.7, 0.6, 0.6]),
 }
 
 
 def given(family: str, listed: str) -> dict[str, Any]:
-    strategies, keep = LISTS[listed]
-    return {"strategy": strategies, "keep": keep, "processor": model_of(family)[1]}
+    model, processor = model_of(family)
+    depth = find_adapter(model).facts.decoder_layers
+    strategies = [
+        build(one[0], layers=(depth - one[1],)) if isinstance(one, tuple) else one
+        for one in LISTS[listed][0]
+    ]
+    return {"strategy": strategies, "keep": LISTS[listed][1], "processor": processor}
 
 
 @pytest.mark.parametrize("listed", LISTS)
