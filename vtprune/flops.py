@@ -62,12 +62,14 @@ class Shape:
 
     @classmethod
     def of(cls, config: Any) -> Shape:
-        """Returns the shape of a language model or vision tower of transformers.
+        """Returns the shape of a language model or vision tower of transformers; a shape as it is.
 
         Raises:
             ConfigError: the configuration is of a whole model with several parts.
             UnsupportedError: it is not known how the layers of this type are built.
         """
+        if isinstance(config, cls):
+            return config
         if hasattr(config, "text_config") and hasattr(config, "vision_config"):
             raise ConfigError(
                 f"{type(config).__name__} describes several transformers. Give its text_config or "

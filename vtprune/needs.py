@@ -144,7 +144,8 @@ class Received(TowerNeed):
 class Keys(TowerNeed):
     """Mean over heads of the keys of each patch, as attention uses them. ``[B, N, d]`` float32.
 
-    That is after a norm or a rotary embedding of the tower.
+    That is after a norm or a rotary embedding of the tower. In a ViT by itself it is before a
+    rotary embedding: they say what is there, not where.
     """
 
 

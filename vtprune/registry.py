@@ -13,9 +13,11 @@ from types import ModuleType
 from typing import Any, TypeVar
 
 import vtprune.strategies
+import vtprune.vit_adapters
 import vtprune.vlm_adapters
 from vtprune.errors import ConfigError
 from vtprune.types import Strategy
+from vtprune.vit_adapters._base import ViTAdapter
 from vtprune.vlm_adapters._base import VLMAdapter
 
 T = TypeVar("T")
@@ -142,6 +144,12 @@ def adapter_classes() -> list[type[VLMAdapter]]:
     """Returns all model adapters."""
     modules = _modules(vtprune.vlm_adapters).values()
     return [cls for module in modules for cls in _classes(module, VLMAdapter)]
+
+
+def vit_adapter_classes() -> list[type[ViTAdapter]]:
+    """Returns all adapters of ViTs."""
+    modules = _modules(vtprune.vit_adapters).values()
+    return [cls for module in modules for cls in _classes(module, ViTAdapter)]
 
 
 def family_notes() -> dict[str, tuple[type[VLMAdapter], str]]:

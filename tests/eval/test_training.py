@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vtprune.eval import train_llava, train_qwen
+from vtprune.eval import train_llava, train_qwen, train_vit
 from vtprune.eval.mini_llava import GRID, PREFIX, build_model, build_tokenizer
 from vtprune.eval.scene_questions import KINDS, Question
 from vtprune.eval.scene_things import NAMES, SIZE, Thing
@@ -133,11 +133,19 @@ def test_gradients_are_those_of_sdpa(masked):
 
 
 @pytest.mark.parametrize(
-    ("module", "trainer", "stages"),
-    [(train_llava, train_llava.LlavaTrainer, (0, 3)), (train_qwen, train_qwen.QwenTrainer, (1, 3))],
-    ids=["llava", "qwen"],
+    ("module", "trainer", "stages", "named"),
+    [
+        (train_llava, train_llava.LlavaTrainer, (0, 3), "LlavaForConditionalGeneration"),
+        (train_qwen, train_qwen.QwenTrainer, (1, 3), "Qwen2_5_VLForConditionalGeneration"),
+        (train_vit, train_vit.VitTrainer, (0, 1), "vit_tiny_patch16_224"),
+    ],
+    ids=["llava", "qwen", "vit"],
 )
-def test_a_stopped_training_goes_on_where_it_was(tmp_path, monkeypatch, module, trainer, stages):
+def test_a_stopped_training_goes_on_where_it_was(
+    tmp_path, monkeypatch, module, trainer, stages, named
+):
+    if module is train_vit:
+        pytest.importorskip("timm")
     short = tuple(replace(module.STAGES[i], steps=2, batch=2, part=1) for i in stages)
     monkeypatch.setattr(module, "STAGES", short)
     cpu = torch.device("cpu")
@@ -145,20 +153,20 @@ def test_a_stopped_training_goes_on_where_it_was(tmp_path, monkeypatch, module, 
     stopped = trainer(tmp_path / "stopped", cpu)
     losses, seen = stopped.losses, []
 
-    def fail_in_the_third_step(stage, batch):
+    def fail_in_the_last_step(stage, batch):
         seen.append(stage.name)
-        if len(seen) == 6:
+        if len(seen) == 8:
             raise KeyboardInterrupt
         return losses(stage, batch)
 
-    monkeypatch.setattr(stopped, "losses", fail_in_the_third_step)
+    monkeypatch.setattr(stopped, "losses", fail_in_the_last_step)
     with pytest.raises(KeyboardInterrupt):
         stopped.run()
     trainer(tmp_path / "stopped", cpu).run()
     files = [tmp_path / run / "model" / "model.safetensors" for run in ("whole", "stopped")]
     assert files[0].read_bytes() == files[1].read_bytes()
     config = json.loads((tmp_path / "whole" / "model" / "config.json").read_text())
-    assert config["architectures"] == [type(stopped.model).__name__]
+    assert config.get("architecture", config.get("architectures")) in (named, [named])
 
 
 def test_the_start_looks_at_what_is_alike():

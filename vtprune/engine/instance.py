@@ -5,11 +5,17 @@ from __future__ import annotations
 import functools
 import inspect
 import time
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
+
+from vtprune.errors import UnsupportedError
+
+# Handles that have not been removed.
+live: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 def restore(model: nn.Module, name: str) -> Callable[[], None]:
@@ -45,3 +51,15 @@ def now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
+
+
+def refuse_overlap(model: nn.Module) -> None:
+    """Raises UnsupportedError where ``model``, or a part of it, is wrapped already."""
+    for handle in live:
+        wrapped = handle.model
+        if any(m is wrapped for m in model.modules()) or any(m is model for m in wrapped.modules()):
+            names = " + ".join(step.strategy.name for step in handle.steps)
+            raise UnsupportedError(
+                f"{type(wrapped).__name__} is wrapped already (by {names}). Call remove() on that "
+                "handle first, or give a list of strategies to one wrap()."
+            )

@@ -7,10 +7,13 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, get_args
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from vtprune.engine.signals import Step, select_group
 from vtprune.engine.text_tower import TextTower
+from vtprune.engine.vit_plan import Reduce
+from vtprune.engine.vit_wrap import find_vit, wrap_vit
 from vtprune.engine.wrap import Handle
 from vtprune.errors import ConfigError, InputError, UnsupportedError
 from vtprune.registry import adapter_classes, build, unknown
@@ -37,11 +40,11 @@ Named = str | Strategy
 
 
 def wrap(
-    model: PreTrainedModel,
+    model: nn.Module,
     strategy: Named | Sequence[Named],
     *,
     keep: Keep | Sequence[Keep] | None = None,
-    reduce: int | None = None,
+    reduce: Reduce | None = None,
     layers: Sequence[int] | None = None,
     positions: Positions | None = None,
     newlines: Newlines | None = None,
@@ -53,13 +56,16 @@ def wrap(
     """Makes this model instance drop or merge visual tokens; returns the handle that undoes it.
 
     Args:
-        model: a supported Hugging Face vision-language model.
+        model: a supported Hugging Face vision-language model, or a ViT of timm, open_clip or
+            transformers: that gets a handle of the same manners, a ``ViTHandle``.
         strategy: a name, an instance, or a list of them applied in order.
         keep: visual tokens that stay per image: a count (int) or a share (float in (0, 1]);
             for a list of strategies one per strategy. Strategies of the kind ``compute``, from
             which no token leaves, take none.
-        reduce: tokens removed per block; only for ViT merging methods.
-        layers: 0-based tower blocks to read instead of the strategy's own; never remapped.
+        reduce: of a ViT, in place of ``keep``: the tokens that leave per block, at most half, as
+            an int, ``(int, inflection)`` for a ramp or a list; or the share of FLOPs saved.
+        layers: 0-based tower blocks to read instead of the strategy's own; never remapped. In a
+            ViT, those to act in.
         positions: ``keep`` or ``renumber`` the survivors' position ids; default as the authors,
             but ``keep`` where they have several axes (M-RoPE).
         newlines: ``keep`` the tokens that end a row of a tiled image, or let them leave with the
@@ -76,8 +82,14 @@ def wrap(
         ConfigError: unknown strategy or option, or a value out of range.
         UnsupportedError: a family or a combination that cannot give right answers.
     """
+    vit = find_vit(model) if isinstance(model, nn.Module) else None
+    if vit is not None:
+        own = {"positions": positions, "newlines": newlines, "scope": scope}
+        own |= {"processor": processor, "text_encoder": text_encoder}
+        handle: Any = wrap_vit(model, vit, strategy, keep, reduce, layers, options, own)
+        return handle
     adapter = find_adapter(model)
-    facts = adapter.facts
+    model, facts = adapter.model, adapter.facts
     if reduce is not None:
         raise ConfigError(
             f"reduce={reduce} is for merging inside a ViT; for {facts.family} say keep= instead."
@@ -142,7 +154,7 @@ def select(
     return select_group(chosen, signals, counts.pop())
 
 
-def find_adapter(model: PreTrainedModel) -> VLMAdapter:
+def find_adapter(model: nn.Module) -> VLMAdapter:
     """Returns the adapter of this model's class, or the generic one.
 
     Raises:

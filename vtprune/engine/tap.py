@@ -140,30 +140,8 @@ class Tap:
             )
         return [(q, k, v)]
 
-    def _reduce(
-        self,
-        need: TowerNeed,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        scale: float | None,
-        added: Tensor | None,
-    ) -> Tensor:
-        if isinstance(need, Keys):
-            return k.float().mean(1)[:, self.n_prefix :]
-        if isinstance(need, WideKeys):
-            return _wide(k)[:, 0, self.n_prefix :].float()
-        if isinstance(need, WideClsRow):
-            q, k, scale = _wide(q), _wide(k), None
-        if added is not None:
-            q, k, scale = _joined(q, k, added, scale)
-        if isinstance(need, Flow):
-            return _flow(q, k, v, scale, self.n_prefix)
-        if isinstance(need, (ClsRow, WideClsRow)):
-            return attn_rows(q[:, :, :1], k, scale=scale)[:, self.n_prefix :]
-        if isinstance(need, Received):
-            return attn_received(q, k, scale=scale)[:, self.n_prefix :]
-        raise HookError(f"The tap cannot read {need}.")
+    def _reduce(self, need: TowerNeed, q: Tensor, k: Tensor, v: Tensor, *more: Any) -> Tensor:
+        return reduced(need, q, k, v, self.n_prefix, *more)
 
     def value(self, need: TowerNeed) -> Tensor:
         """Returns what was read, ``[P, ...]`` over all patches in the order of the tower.
@@ -187,6 +165,39 @@ class Tap:
     def put(self, need: TowerNeed, value: Tensor) -> None:
         """Makes ``value`` ``[P, ...]`` what was read."""
         self._read[need] = [value]
+
+
+def reduced(
+    need: TowerNeed,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    n_prefix: int,
+    scale: float | None,
+    added: Tensor | None,
+) -> Tensor:
+    """Returns a quantity of each patch, ``[B, N, ...]`` float32.
+
+    Args:
+        q, k, v: ``[B, H, S, d]``, the first ``n_prefix`` of S no patches.
+        scale: of the products of queries and keys; None = ``d ** -0.5``.
+        added: to them, ``[B, 1, 1, S]``.
+    """
+    if isinstance(need, Keys):
+        return k.float().mean(1)[:, n_prefix:]
+    if isinstance(need, WideKeys):
+        return _wide(k)[:, 0, n_prefix:].float()
+    if isinstance(need, WideClsRow):
+        q, k, scale = _wide(q), _wide(k), None
+    if added is not None:
+        q, k, scale = _joined(q, k, added, scale)
+    if isinstance(need, Flow):
+        return _flow(q, k, v, scale, n_prefix)
+    if isinstance(need, (ClsRow, WideClsRow)):
+        return attn_rows(q[:, :, :1], k, scale=scale)[:, n_prefix:]
+    if isinstance(need, Received):
+        return attn_received(q, k, scale=scale)[:, n_prefix:]
+    raise HookError(f"The tap cannot read {need}.")
 
 
 def _flow(q: Tensor, k: Tensor, v: Tensor, scale: float | None, n_prefix: int) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from contextvars import ContextVar
@@ -27,7 +26,8 @@ from vtprune.engine.generation import (
     shift_lengths,
 )
 from vtprune.engine.inputs import given, has_visuals, valid_tokens, visual
-from vtprune.engine.instance import bound, restore
+from vtprune.engine.instance import bound, refuse_overlap, restore
+from vtprune.engine.instance import live as _live
 from vtprune.engine.instruction import instructions
 from vtprune.engine.items import Item
 from vtprune.engine.layers import Layers
@@ -53,7 +53,6 @@ class _Call:
 
 
 _running: ContextVar[_Call | None] = ContextVar("vtprune_call", default=None)
-_live: weakref.WeakSet[Handle] = weakref.WeakSet()
 
 
 class Handle:
@@ -75,7 +74,7 @@ class Handle:
         newlines: Newlines = "keep",
         text_tower: TextTower | None = None,
     ) -> None:
-        _refuse_overlap(model)
+        refuse_overlap(model)
         self.model, self.adapter, self.steps = model, adapter, tuple(steps)
         self.newlines: Newlines = newlines
         self.outside = [s for s in self.steps if s.stage.site is not Site.DECODER]
@@ -334,14 +333,3 @@ class Handle:
         call = _running.get()
         if call is not None and call.handle is self:
             self._measured.look(output, self._prompt, self.adapter.language_model.config)
-
-
-def _refuse_overlap(model: nn.Module) -> None:
-    for handle in _live:
-        wrapped = handle.model
-        if any(m is wrapped for m in model.modules()) or any(m is model for m in wrapped.modules()):
-            names = " + ".join(step.strategy.name for step in handle.steps)
-            raise UnsupportedError(
-                f"{type(wrapped).__name__} is wrapped already (by {names}). Call remove() on that "
-                "handle first, or give a list of strategies to one wrap()."
-            )

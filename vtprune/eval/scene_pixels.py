@@ -19,21 +19,22 @@ def render(
     split: str,
     lines: tuple[int, int],
     noise: float,
+    size: int = SIZE,
 ) -> NDArray[np.uint8]:
-    """Returns ``[128, 128, 3]``: ``lines`` strokes behind (least, most), ``noise`` in grays."""
-    pixels = _background(rng, lines)
+    """Returns ``[size, size, 3]``: ``lines`` strokes behind (least, most), ``noise`` in grays."""
+    pixels = _background(rng, lines, size)
     for thing in things:
         _paint(pixels, thing, rng, split)
     return np.clip(pixels + rng.normal(0, noise, pixels.shape), 0, 255).astype(np.uint8)
 
 
-def _background(rng: np.random.Generator, lines: tuple[int, int]) -> NDArray[np.float64]:
+def _background(rng: np.random.Generator, lines: tuple[int, int], size: int) -> NDArray[np.float64]:
     base = rng.uniform(15, 105, (5, 5, 1)) + rng.uniform(-18, 18, (5, 5, 3))
     field = Image.fromarray(np.clip(base, 0, 255).astype(np.uint8))
-    field = field.resize((SIZE, SIZE), Image.Resampling.BICUBIC)
+    field = field.resize((size, size), Image.Resampling.BICUBIC)
     draw = ImageDraw.Draw(field)
     for _ in range(int(rng.integers(lines[0], lines[1] + 1))):
-        ends = [int(v) for v in rng.integers(0, SIZE, 4)]
+        ends = [int(v) for v in rng.integers(0, size, 4)]
         gray = int(rng.integers(40, 130))
         tint = tuple(int(v) for v in np.clip(gray + rng.integers(-15, 16, 3), 0, 255))
         draw.line(ends, fill=tint, width=1)
@@ -41,24 +42,24 @@ def _background(rng: np.random.Generator, lines: tuple[int, int]) -> NDArray[np.
 
 
 def _paint(pixels: NDArray[np.float64], thing: Thing, rng: np.random.Generator, split: str) -> None:
-    masks = _digit_masks(split)[thing.name] if thing.is_digit else (_shape_mask(thing.name),)
-    mask = masks[int(rng.integers(len(masks)))]
+    kernel = Image.Resampling.BICUBIC if thing.is_digit else Image.Resampling.BOX
+    drawn = _digit_masks(split)[thing.name] if thing.is_digit else (_shape_mask(thing.name),)
+    mask = drawn[int(rng.integers(len(drawn)))].resize((thing.size, thing.size), kernel)
     turned = mask.rotate(float(rng.uniform(-10, 10)), Image.Resampling.BILINEAR)
     alpha = np.asarray(turned, dtype=np.float64)[:, :, None] / 255
     color = np.asarray(COLORS[thing.color]) + rng.integers(-12, 13, 3)
-    window = pixels[thing.y : thing.y + CELL, thing.x : thing.x + CELL]
+    window = pixels[thing.y : thing.y + thing.size, thing.x : thing.x + thing.size]
     window += alpha * (color - window)
 
 
 @lru_cache
 def _digit_masks(split: str) -> dict[str, tuple[Image.Image, ...]]:
-    """Handwritten digits as 16 x 16 gray images; every third scan is kept for testing."""
+    """Handwritten digits as 8 x 8 gray images; every third scan is kept for testing."""
     scans = need("sklearn.datasets", extra="eval").load_digits()
     held_out = np.arange(len(scans.target)) % 3 == 0
     masks: dict[str, list[Image.Image]] = {name: [] for name in DIGITS}
     for i in np.flatnonzero(held_out if split == "test" else ~held_out):
         scan = Image.fromarray(np.clip(scans.images[i] * 17, 0, 255).astype(np.uint8))
-        scan = scan.resize((CELL, CELL), Image.Resampling.BICUBIC)
         masks[str(scans.target[i])].append(scan)
     return {name: tuple(images) for name, images in masks.items()}
 
@@ -78,4 +79,4 @@ def _shape_mask(name: str) -> Image.Image:
     else:
         draw.rectangle((mid - 18, low, mid + 18, high), fill=255)
         draw.rectangle((low, mid - 18, high, mid + 18), fill=255)
-    return mask.resize((CELL, CELL), Image.Resampling.BOX)
+    return mask

@@ -28,7 +28,7 @@ REACH = 2  # cells: what is farther away is not beside
 
 @dataclass(frozen=True)
 class Thing:
-    """One digit or shape. ``x``, ``y`` is the top-left pixel of its 16 x 16 box."""
+    """One digit or shape. ``x``, ``y`` is the top-left pixel of its box, ``size`` a side of it."""
 
     name: str
     color: str
@@ -36,6 +36,7 @@ class Thing:
     col: int
     x: int
     y: int
+    size: int = CELL
 
     @property
     def is_digit(self) -> bool:

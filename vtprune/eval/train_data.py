@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vtprune.eval import scenes
 from vtprune.eval.scene_questions import KINDS, Question
-from vtprune.eval.scene_things import CELL, COLORS, NAMES, SIDES, SIZE, Thing, beside, numbers
+from vtprune.eval.scene_things import COLORS, NAMES, SIDES, SIZE, Thing, beside, numbers
 
 IGNORE = -100
 TOKEN = 8  # pixels that a visual token covers, each way
@@ -55,18 +55,18 @@ class Batch:
         return Batch(**{name: value.to(device) for name, value in vars(self).items()})
 
 
-def owners(things: Sequence[Thing], size: tuple[int, int]) -> NDArray[np.int64]:
-    """Per visual token ``[N]`` of a scene shown at ``size`` (height, width) pixels.
+def owners(things: Sequence[Thing], size: tuple[int, int], side: int = SIZE) -> NDArray[np.int64]:
+    """Per visual token ``[N]`` of a scene of ``side`` pixels, shown at ``size`` (height, width).
 
     The index of the thing that covers most of it, -1 = none, IGNORE = an edge, that is less than a
     quarter of it is covered.
     """
-    rows, cols = (np.linspace(0, SIZE, pixels // TOKEN + 1) for pixels in size)
+    rows, cols = (np.linspace(0, side, pixels // TOKEN + 1) for pixels in size)
     best = np.zeros((len(rows) - 1, len(cols) - 1))
     owner = np.full(best.shape, -1, dtype=np.int64)
     for i, t in enumerate(things):
-        wide = np.minimum(cols[1:], t.x + CELL) - np.maximum(cols[:-1], t.x)
-        high = np.minimum(rows[1:], t.y + CELL) - np.maximum(rows[:-1], t.y)
+        wide = np.minimum(cols[1:], t.x + t.size) - np.maximum(cols[:-1], t.x)
+        high = np.minimum(rows[1:], t.y + t.size) - np.maximum(rows[:-1], t.y)
         cover = high.clip(0)[:, None] * wide.clip(0)[None] / (rows[1] * cols[1])
         mine = cover > best
         owner[mine] = np.where(cover >= 0.25, i, IGNORE)[mine]
@@ -116,13 +116,13 @@ class Writer:
             scenes.make_scene(i, "train", self.levels[i % len(self.levels)])
             for i in range(first, first + self.batch)
         ]
-        native = _pixels([s.image for s in made])
+        native = scale([s.image for s in made])
         tokens = torch.from_numpy(np.stack([token_targets(s.things, size) for s in made]))
         image = [image_targets(s.things) for s in made]
         asked = [self._questions(s) for s in made]
         blocks = torch.tensor([rows for rows, _ in asked]).flatten(2)  # [B, 3, ...]
         return Batch(
-            native if size == (SIZE, SIZE) else _pixels([resize(s.image, size) for s in made]),
+            native if size == (SIZE, SIZE) else scale([resize(s.image, size) for s in made]),
             native,
             tokens[:, 0],
             tokens[:, 1],
@@ -166,7 +166,7 @@ def resize(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     return image.resize((size[1], size[0]), Image.Resampling.BICUBIC)
 
 
-def _pixels(images: Sequence[Image.Image]) -> Tensor:
+def scale(images: Sequence[Image.Image]) -> Tensor:
     """Images of one size as ``[B, 3, H, W]`` from -1 to 1, as both processors scale them."""
     stacked = torch.from_numpy(np.stack([np.asarray(image) for image in images]))
     return stacked.permute(0, 3, 1, 2).float() / 127.5 - 1

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from vtprune.eval import scenes
 from vtprune.eval.scene_things import SIZE
-from vtprune.eval.train_data import Batch, Writer
+from vtprune.eval.train_data import Writer
 
+Show = Callable[[int, tuple[int, int]], Any]
 MIXED = ("standard", "hard", "standard", "easy")
 
 
@@ -59,7 +60,8 @@ def sum_losses(values: dict[str, Tensor]) -> Tensor:
 class Trainer:
     """Runs the stages, writes ``log.jsonl`` and ``checkpoint.pt`` to ``out``, resumes from them.
 
-    A model's own trainer builds ``model``, ``processor`` and ``heads`` and says what is minimised.
+    A model's own trainer builds ``model``, ``processor`` and ``heads`` and says what is minimised;
+    one that is shown something else than scenes says also what, and how it is saved.
     ``first`` is the first training scene; models that learn from each other share none.
     """
 
@@ -75,9 +77,17 @@ class Trainer:
         if (out / "checkpoint.pt").exists():
             self._load(torch.load(out / "checkpoint.pt", map_location="cpu", weights_only=True))
 
-    def losses(self, stage: Stage, batch: Batch) -> dict[str, Tensor]:
+    def losses(self, stage: Stage, batch: Any) -> dict[str, Tensor]:
         """What is minimised, and under names that end in ``_acc`` what is only logged."""
         raise NotImplementedError
+
+    def show(self, stage: Stage, n: int) -> Show:
+        """What writes batches of ``n``, given the number of the first image and their size."""
+        return Writer(self.processor.tokenizer, stage.levels, n)
+
+    def save(self, folder: Path) -> None:
+        self.model.save_pretrained(folder)
+        self.processor.save_pretrained(folder)
 
     def _load(self, state: dict) -> None:
         self.model.load_state_dict(state["model"])
@@ -102,8 +112,7 @@ class Trainer:
         while self.stage < len(self.stages):
             self._run_stage(self.stages[self.stage])
             self.stage, self.step, self.optimizer_state = self.stage + 1, 0, None
-        self.model.save_pretrained(self.out / "model")
-        self.processor.save_pretrained(self.out / "model")
+        self.save(self.out / "model")
 
     def _groups(self, stage: Stage) -> list[dict[str, Any]]:
         """Freezes what the stage leaves alone; returns the rest as groups with a peak rate."""
@@ -121,12 +130,12 @@ class Trainer:
         optimizer = torch.optim.AdamW(groups, weight_decay=0.05, betas=(0.9, 0.98))
         if self.optimizer_state is not None:
             optimizer.load_state_dict(self.optimizer_state)
-        writer = Writer(self.processor.tokenizer, stage.levels, stage.part or stage.batch)
+        show = self.show(stage, stage.part or stage.batch)
         saved = time.monotonic()
         sums: dict[str, list[float]] = defaultdict(list)
         while self.step < stage.steps:
             began = time.monotonic()
-            self._learn(stage, optimizer, writer, sums)
+            self._learn(stage, optimizer, show, sums)
             self.step += 1
             sums["images_per_s"].append(stage.batch / (time.monotonic() - began))
             if self.step % 25 == 0:
@@ -140,7 +149,7 @@ class Trainer:
         self,
         stage: Stage,
         optimizer: torch.optim.Optimizer,
-        writer: Writer,
+        show: Show,
         sums: dict[str, list[float]],
     ) -> None:
         """One step of the optimizer."""
@@ -148,10 +157,11 @@ class Trainer:
             group["lr"] = group["peak"] * schedule(self.step, stage.steps, stage.warmup)
         size = stage.sizes[self.step % len(stage.sizes)]
         first = self.first + 10_000_000 * self.stage + self.step * stage.batch
+        part = stage.part or stage.batch
         optimizer.zero_grad()
-        for start in range(first, first + stage.batch, writer.batch):
-            values = self.losses(stage, writer(start, size).to(self.device))
-            (sum_losses(values) * (writer.batch / stage.batch)).backward()
+        for start in range(first, first + stage.batch, part):
+            values = self.losses(stage, show(start, size).to(self.device))
+            (sum_losses(values) * (part / stage.batch)).backward()
             for name, value in values.items():
                 sums[name].append(float(value.detach()))
         parameters = [p for group in optimizer.param_groups for p in group["params"]]

@@ -37,7 +37,7 @@ def token_losses(heads: TokenHeads, tokens: Tensor, batch: Batch) -> dict[str, T
     """Losses and accuracies of the readouts on ``tokens`` ``[B, N, D]``."""
     tokens = heads.norm(tokens)
     thing = heads.thing(tokens).float()
-    weight = _rarer_nothing(thing)
+    weight = rarer_nothing(thing)
     digit = (batch.thing > 0) & (batch.thing <= len(DIGITS))
     return {
         "thing": F.cross_entropy(thing.mT, batch.thing, weight=weight, ignore_index=IGNORE),
@@ -56,7 +56,7 @@ def _thing_losses(heads: TokenHeads, tokens: Tensor, batch: Batch) -> dict[str, 
     return {
         "color": F.cross_entropy(color, batch.color[mine]),
         "place": F.cross_entropy(place, batch.place[mine], ignore_index=IGNORE),
-        "beside": F.cross_entropy(sides.mT, beside, weight=_rarer_nothing(sides)),
+        "beside": F.cross_entropy(sides.mT, beside, weight=rarer_nothing(sides)),
         "color_acc": (color.argmax(-1) == batch.color[mine]).float().mean(),
         "place_acc": (place.argmax(-1) == batch.place[mine]).float().mean(),
         "beside_acc": (sides.argmax(-1) == beside)[some].float().mean(),
@@ -74,7 +74,7 @@ def image_losses(heads: ImageHeads, image: Tensor, batch: Batch) -> dict[str, Te
     return losses
 
 
-def _rarer_nothing(logits: Tensor) -> Tensor:
+def rarer_nothing(logits: Tensor) -> Tensor:
     """Class weights: 0, nothing there, is by far the most frequent."""
     weight = torch.ones(logits.shape[-1], device=logits.device)
     weight[0] = 0.3
