@@ -161,6 +161,14 @@ class Joint(TowerNeed):
     """
 
 
+class Maps(TowerNeed):
+    """Attention of each head, from query to key, of all tokens of the block: ``[B, H, S, S]``.
+
+    float32; the prefix is among the S tokens. Only a ViT by itself gives it, and only to a stage in
+    or right after that block.
+    """
+
+
 class WideClsRow(TowerNeed):
     """As ``ClsRow``, with the block's heads joined into one, as wide as all. ``[B, N]`` float32."""
 

@@ -33,11 +33,14 @@ class Selection:
             -1 = a new row, which takes the first free slot.
         n: number of source tokens.
         mix: what each output is made of; None = a copy of its source.
+        sizes: ``[B, K]`` float32, how many patches each output counts for where that is not the
+            sum over what it is made of; 0 = it fills a row up and is seen by no token.
     """
 
     rows: Tensor
     n: int
     mix: Mix | None = None
+    sizes: Tensor | None = None
 
     @classmethod
     def all(cls, batch: int, n: int, device: torch.device) -> Selection:
@@ -83,9 +86,14 @@ class Selection:
         made = torch.zeros(self.rows.shape, dtype=x.dtype, device=x.device)
         return made.scatter_add_(1, self.mix.target, x.gather(1, self.mix.source))
 
+    def counted(self, sizes: Tensor) -> Tensor:
+        """Returns how many patches each output counts for, from ``sizes`` ``[B, N]`` before."""
+        return self.total(sizes) if self.sizes is None else self.sizes
+
     def row(self, b: int) -> Selection:
         """Returns the selection of row ``b`` alone, still with a batch dimension of 1."""
         mix = self.mix
         if mix is not None:
             mix = Mix(mix.source[b : b + 1], mix.target[b : b + 1], mix.weight[b : b + 1])
-        return Selection(self.rows[b : b + 1], self.n, mix)
+        sizes = None if self.sizes is None else self.sizes[b : b + 1]
+        return Selection(self.rows[b : b + 1], self.n, mix, sizes)

@@ -30,6 +30,7 @@ from vtprune.needs import (
     LastRow,
     LayerKeys,
     Likeness,
+    Maps,
     Need,
     Normed,
     Patches,
@@ -68,6 +69,7 @@ __all__ = [
     "LastRow",
     "LayerKeys",
     "Likeness",
+    "Maps",
     "Mix",
     "Need",
     "Newlines",
@@ -115,6 +117,8 @@ class Stage:
     of the tower after which one inside the encoder does; None = the block that yields the features.
     With ``before_mlp`` it acts in that block, between attention and MLP. With ``proportional`` a
     token that was merged gets attention, in the blocks that follow, for all patches it stands for.
+    With ``ahead`` (of ViTs) it acts at the start of that block, when it is known how tokens attend
+    there: what leaves or merges does so in the attention map too, which is not computed again.
     It leaves so many ``times`` the budget, above 1 where a later stage has to come down to it; a
     function says what share it leaves, by the share that the strategy is to keep.
     With a ``rule`` nothing leaves: it says what visual rows compute in that layer.
@@ -125,6 +129,7 @@ class Stage:
     layer: int | None = None
     times: int | Callable[[float], float] = 1
     before_mlp: bool = False
+    ahead: bool = False
     proportional: bool = False
     rule: RowRule | None = None
 

@@ -12,7 +12,7 @@ from torch import Tensor
 import vtprune
 from tests import tiny
 from tests.probes import Spy
-from vtprune.engine import tap
+from vtprune.engine import reduction, tap
 from vtprune.types import (
     ClsRow,
     Facts,
@@ -137,19 +137,19 @@ def test_kept_cls_is_noticed(monkeypatch):
 
 
 def test_permuted_heads_are_noticed(monkeypatch):
-    right = tap.attn_rows
+    right = reduction.attn_rows
 
     def permuted(q, k, *, scale=None):
         return right(q, k.flip(1), scale=scale)
 
-    monkeypatch.setattr(tap, "attn_rows", permuted)
+    monkeypatch.setattr(reduction, "attn_rows", permuted)
     with pytest.raises(AssertionError):
         check("clip")
 
 
 def test_wrong_scale_is_noticed(monkeypatch):
-    right = tap.attn_received
-    monkeypatch.setattr(tap, "attn_received", lambda q, k, *, scale: right(q, k, scale=1.0))
+    right = reduction.attn_received
+    monkeypatch.setattr(reduction, "attn_received", lambda q, k, *, scale: right(q, k, scale=1.0))
     with pytest.raises(AssertionError):
         check("siglip")
 

@@ -14,7 +14,7 @@ from tests import tiny
 from tests.engine.test_oracles import assert_masks_only
 from tests.families.eager import flow
 from tests.hidden import Watch
-from vtprune.engine import tap, tower
+from vtprune.engine import reduction, tap, tower
 from vtprune.registry import build
 from vtprune.types import (
     Budget,
@@ -80,7 +80,7 @@ def test_flow_by_hand():
     # One head of width 1: CLS has q = 0, so its attention is even over all; values 0 | 2 and -1.
     q, k = torch.zeros(1, 1, 3, 1), torch.tensor([5.0, 1.0, 2.0]).view(1, 1, 3, 1)
     v = torch.tensor([0.0, 2.0, -1.0]).view(1, 1, 3, 1)
-    value = tap._flow(q, k, v, None, 1)
+    value = reduction._flow(q, k, v, None, 1)
     torch.testing.assert_close(value, torch.tensor([[[0.5, 2.0], [0.5, 1.0]]]))
 
 

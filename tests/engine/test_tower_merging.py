@@ -12,7 +12,7 @@ from torch import Tensor
 import vtprune
 from tests import tiny
 from tests.engine.test_oracles import assert_masks_only
-from vtprune.engine import blocks, tap, tower
+from vtprune.engine import blocks, reduction, tap, tower
 from vtprune.registry import build
 from vtprune.types import (
     Budget,
@@ -256,7 +256,7 @@ def test_attention_is_read_with_the_weight_of_sizes(dtype):
     reader = tap.Tap({module: [*needs, Keys(0), WideKeys(0)]}, 1)
     reader.read(module, q, k, mask, None, v)
     q, k, mask = q.float(), k.float(), mask.float()
-    wide = probabilities(tap._wide(q), tap._wide(k), mask)[:, 0, 1:]
+    wide = probabilities(reduction._wide(q), reduction._wide(k), mask)[:, 0, 1:]
     every = probabilities(q, k, mask)
     read = [reader.value(need).unflatten(0, (2, -1)) for need in needs]
     right = [every[:, 0, 1:], every.mean(1)[:, 1:], wide]

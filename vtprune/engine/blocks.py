@@ -59,7 +59,7 @@ class Tile:
         left = index[chosen.rows[0]]
         prefix, patches = self.states[:n_prefix], self.states[n_prefix:]
         self.states = torch.cat([prefix, chosen.apply(patches[index][None])[0]])
-        self.sizes = chosen.total(self.sizes[index][None])[0]
+        self.sizes = chosen.counted(self.sizes[index][None])[0]
         self.alive, self.used = self.alive[left], self.used[left]
         self.values = {need: value[left] for need, value in self.values.items()}
 

@@ -11,7 +11,8 @@ from contextlib import contextmanager, suppress
 import torch
 from torch import Tensor, nn
 
-from vtprune.engine.tap import Enough, passing
+from vtprune.engine.reduction import passing
+from vtprune.engine.tap import Enough
 from vtprune.errors import HookError
 from vtprune.kernels._common import full_precision
 from vtprune.kernels.attn_rows import attn_rows

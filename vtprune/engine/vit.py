@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 
+from vtprune.engine.reduction import reduced
 from vtprune.engine.signals import select_group
-from vtprune.engine.tap import reduced
 from vtprune.engine.vit_plan import Plan
 from vtprune.errors import UnsupportedError
 from vtprune.kernels.gather_tokens import gather_tokens
