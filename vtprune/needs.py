@@ -177,6 +177,18 @@ class WideKeys(TowerNeed):
     """Keys of each patch, those of all heads side by side. ``[B, N, H * d]`` float32."""
 
 
+class Guidance(TowerNeed):
+    """Cosine of each patch's key with the query of the last prefix token. ``[B, N]`` float32.
+
+    Keys and queries of all heads are side by side. That token is CLS, or a guest of the strategy;
+    in a tower without a prefix the mean query takes its place.
+    """
+
+
+class ValueNorm(TowerNeed):
+    """L2 norm of each patch's values, those of all heads side by side. ``[B, N]`` float32."""
+
+
 class Flow(TowerNeed):
     """Two values of each patch, ``[B, N, 2]`` float32: its relation to CLS, and its score.
 
@@ -226,7 +238,7 @@ class Facts:
     @staticmethod
     def signals_of(*, cls_row: bool) -> frozenset[type]:
         """Returns the signals of an ordinary tower, with or without a CLS token."""
-        kinds = {Received, Keys, Flow, Patches, InstructionText, *INSIDE}
+        kinds = {Received, Keys, Flow, Guidance, Patches, ValueNorm, InstructionText, *INSIDE}
         kinds |= {WideKeys, WideClsRow} if cls_row else {WideKeys}
         return frozenset(kinds | {ClsRow} if cls_row else kinds)
 

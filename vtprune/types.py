@@ -22,6 +22,7 @@ from vtprune.needs import (
     EachText,
     Facts,
     Flow,
+    Guidance,
     InstructionText,
     Joint,
     KeyNorm,
@@ -42,6 +43,7 @@ from vtprune.needs import (
     TowerNeed,
     Transition,
     Turned,
+    ValueNorm,
     VisualRows,
     WideClsRow,
     WideKeys,
@@ -59,6 +61,7 @@ __all__ = [
     "EachText",
     "Facts",
     "Flow",
+    "Guidance",
     "Inside",
     "InstructionText",
     "Joint",
@@ -91,6 +94,7 @@ __all__ = [
     "TowerNeed",
     "Transition",
     "Turned",
+    "ValueNorm",
     "VisualRows",
     "WideClsRow",
     "WideKeys",
@@ -132,6 +136,11 @@ class Stage:
     ahead: bool = False
     proportional: bool = False
     rule: RowRule | None = None
+
+    @property
+    def inside_block(self) -> bool:
+        """Whether it acts before the MLP of its block."""
+        return self.before_mlp or self.ahead
 
     @property
     def quantities(self) -> tuple[Quantity, ...]:
@@ -230,6 +239,17 @@ class Strategy:
 
     def check_budget(self, budget: Budget, facts: Facts) -> None:
         """Raises ConfigError for a budget that the strategy cannot reach on this model."""
+
+    def guests(self, facts: Facts) -> Tensor | None:
+        """Returns what a token of the strategy's own gets added before each block of a ViT.
+
+        That token starts as a copy of [CLS], stands last in the prefix and leaves after the last
+        block.
+
+        Returns:
+            ``[L, C]``, zeros for a second [CLS]; None = there is no such token, as for most.
+        """
+        return None
 
     def beside(self, folder: str) -> Strategy:
         """Returns it with the trained weights that it lacks, if any, from the model's folder."""

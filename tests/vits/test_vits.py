@@ -24,6 +24,7 @@ from tests.vits.models import (
     images,
 )
 from vtprune.engine import vit as engine
+from vtprune.engine import vit_state
 from vtprune.engine.vit_handle import ViTHandle
 from vtprune.strategies.random import Random
 from vtprune.strategies.tome import ToMe
@@ -94,7 +95,7 @@ def merged_in_the_first(model: Any, x: Tensor, strategy: Any = "tome") -> tuple[
     return handle, reduced, seen[0], state
 
 
-def duplicated(handle: ViTHandle, made: Tensor, state: engine.State, x: Tensor) -> Tensor:
+def duplicated(handle: ViTHandle, made: Tensor, state: vit_state.State, x: Tensor) -> Tensor:
     p = handle.adapter.n_prefix
     assert state.owner is not None and state.index is not None
     rows = state.owner[..., None].expand(-1, -1, made.shape[-1])
@@ -119,8 +120,8 @@ def _first_of(rope: Tensor, index: Tensor | None) -> Tensor:
 
 
 FAULTS: dict[str, tuple[str, Any, str]] = {
-    "no weight in blocks": ("_bias", _no_bias, "vit"),
-    "rope not gathered": ("_left", _first_of, "eva02_fused"),
+    "no weight in blocks": ("added", _no_bias, "vit"),
+    "rope not gathered": ("left_of", _first_of, "eva02_fused"),
     "plain mean": ("Passage.weigh", lambda self, x: x, "siglip_gap"),
     "plain pooler": ("Passage.bias", lambda self, length: None, "siglip_map"),
     "plain mean of the output": (

@@ -4,11 +4,24 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cosine_similarity
 
 from vtprune.errors import HookError
+from vtprune.kernels._common import full_precision
 from vtprune.kernels.attn_received import attn_received
 from vtprune.kernels.attn_rows import attn_rows
-from vtprune.types import ClsRow, Flow, Keys, Received, TowerNeed, WideClsRow, WideKeys
+from vtprune.types import (
+    ClsRow,
+    Flow,
+    Guidance,
+    Keys,
+    Maps,
+    Received,
+    TowerNeed,
+    ValueNorm,
+    WideClsRow,
+    WideKeys,
+)
 
 
 def reduced(
@@ -31,10 +44,16 @@ def reduced(
         return k.float().mean(1)[:, n_prefix:]
     if isinstance(need, WideKeys):
         return _wide(k)[:, 0, n_prefix:].float()
+    if isinstance(need, ValueNorm):
+        return _wide(v)[:, 0, n_prefix:].float().norm(dim=-1)
+    if isinstance(need, Guidance):
+        return _guidance(q, k, n_prefix)
     if isinstance(need, WideClsRow):
         q, k, scale = _wide(q), _wide(k), None
     if added is not None:
         q, k, scale = _joined(q, k, added, scale)
+    if isinstance(need, Maps):
+        return maps(q, k, scale, None)
     if isinstance(need, Flow):
         return _flow(q, k, v, scale, n_prefix)
     if isinstance(need, (ClsRow, WideClsRow)):
@@ -42,6 +61,20 @@ def reduced(
     if isinstance(need, Received):
         return attn_received(q, k, scale=scale)[:, n_prefix:]
     raise HookError(f"The tap cannot read {need}.")
+
+
+def maps(q: Tensor, k: Tensor, scale: float | None, added: Tensor | None) -> Tensor:
+    """Returns attention from query to key, ``[B, H, S, S]`` float32."""
+    with full_precision(q):
+        products = q.float() @ k.float().mT * (q.shape[-1] ** -0.5 if scale is None else scale)
+    return (products if added is None else products + added.float()).softmax(-1)
+
+
+def _guidance(q: Tensor, k: Tensor, n_prefix: int) -> Tensor:
+    """Returns ``Guidance`` of each patch: ``[B, N]`` float32."""
+    query, keys = _wide(q)[:, 0].float(), _wide(k)[:, 0, n_prefix:].float()
+    query = query[:, n_prefix - 1, None] if n_prefix else query.mean(1, keepdim=True)
+    return cosine_similarity(keys, query, dim=-1)
 
 
 def _flow(q: Tensor, k: Tensor, v: Tensor, scale: float | None, n_prefix: int) -> Tensor:

@@ -1,75 +1,29 @@
 """The blocks of a ViT while tokens leave or merge in them: one batch, every row of equal length.
 
 What has happened so far is a ``State`` per block, never changed in place: so a block that runs once
-more (gradient checkpointing) finds what it found before. There is no list of rows, no number read
-from the device and no boolean index, so that torch.compile makes one graph of it.
+more (gradient checkpointing) finds what it found before. Where every image is left the same count
+there is no list of rows, no number read from the device and no boolean index, so that torch.compile
+makes one graph of it.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad, scaled_dot_product_attention
+from torch.nn.functional import dropout, scaled_dot_product_attention
 
-from vtprune.engine.reduction import reduced
-from vtprune.engine.signals import select_group
+from vtprune.engine.reduction import maps, reduced
+from vtprune.engine.vit_choice import choose
 from vtprune.engine.vit_plan import Plan
+from vtprune.engine.vit_state import State, added, left_of
 from vtprune.errors import UnsupportedError
 from vtprune.kernels.gather_tokens import gather_tokens
-from vtprune.types import Inside, Keys, Mix, Patches, Selection, Signals, TowerNeed, WideKeys
+from vtprune.types import Keys, Mix, Patches, Selection, Signals, Stage, TowerNeed, WideKeys
 from vtprune.vit_adapters._base import ViTAdapter
 from vtprune.vlm_adapters._base import square
-
-
-@dataclass(frozen=True)
-class State:
-    """What has become of the patches.
-
-    Attributes:
-        index: ``[B, n]`` int64, the patch whose place each token has; None = nothing happened.
-        owner: ``[B, N]`` int64, the token that each patch is in, -1 = it has left.
-        sizes: ``[B, n]`` float32, how many patches each token stands for; None = one each.
-        proportional: whether tokens get attention for all patches they stand for.
-        values: quantities of earlier blocks, ``[B, n, ...]``.
-    """
-
-    index: Tensor | None = None
-    owner: Tensor | None = None
-    sizes: Tensor | None = None
-    proportional: bool = False
-    values: tuple[tuple[TowerNeed, Tensor], ...] = ()
-
-    def after(self, chosen: Selection, proportional: bool) -> State:
-        """Returns the state after a selection among the tokens."""
-        rows, into = chosen.rows, _into(chosen)
-        sizes = self.sizes
-        if sizes is None and chosen.mix is not None:
-            sizes = torch.ones(into.shape, device=into.device)
-        owner = into
-        if self.owner is not None:
-            owner = into.gather(1, self.owner.clamp(min=0)).masked_fill(self.owner < 0, -1)
-        return State(
-            rows if self.index is None else self.index.gather(1, rows),
-            owner,
-            None if sizes is None else chosen.total(sizes),
-            proportional,
-            tuple((need, gather_tokens(rows, value)[0]) for need, value in self.values),
-        )
-
-    def factors(self, length: int) -> Tensor | None:
-        """Returns how many patches each of ``length`` tokens stands for, the prefix 1 each.
-
-        None where it is 1 for all.
-
-        Returns:
-            ``[B, length]`` float32.
-        """
-        if self.sizes is None:
-            return None
-        return pad(self.sizes, (length - self.sizes.shape[1], 0), value=1.0)
 
 
 class Passage:
@@ -89,12 +43,15 @@ class Passage:
         self.counted = [(0, 0)] * depth
         self.batch = self.patches = 0
         self.whole = self._was_whole = False
+        self._guests = plan.strategy.guests(adapter.facts)
+        self._prefix = adapter.n_prefix + (self._guests is not None)
 
     @property
-    def left(self) -> int:
+    def left(self) -> list[int]:
         """Tokens that are left of the patches of each image."""
-        index = self.entering[-1].index
-        return self.patches if index is None else index.shape[1]
+        state = self.entering[-1]
+        n = self.patches if state.index is None else state.index.shape[1]
+        return state.lengths() or [n] * self.batch
 
     def run(self, layer: int, block: Any, original: Any, x: Tensor, *args: Any, **kw: Any) -> Any:
         """Stands for the forward of a block."""
@@ -106,8 +63,10 @@ class Passage:
             self._was_whole = self.whole
         if self.whole and state.index is not None:
             x = torch.cat([x[:, :p], gather_tokens(state.index, x[:, p:])[0]], dim=1)
+        if self._guests is not None:
+            x = self._let_in(self._guests[layer].to(x), x, state)
         entered = x.shape[1]
-        if state.index is None and not self._acts(layer, x) and not self._reads(layer):
+        if self._untouched(layer, x, state):
             passed, out = entered, original(x, *args, **kw)
         else:
             _refuse_masks(block, given)
@@ -115,8 +74,22 @@ class Passage:
             passed = x.shape[1]
             out = x + self.adapter.passed(block, x)
             out, state = self._after(layer, out, state)
+        if self._guests is not None:
+            state = replace(state, guests=out[:, p : self._prefix])
+            out = torch.cat([out[:, :p], out[:, self._prefix :]], dim=1)
         self.entering[layer + 1], self.counted[layer] = state, (entered, passed)
         return self._spread(out, state) if self.whole else out
+
+    def _let_in(self, learned: Tensor, x: Tensor, state: State) -> Tensor:
+        """Puts the strategy's token behind the prefix: at first a copy of [CLS]."""
+        p, guest = self.adapter.n_prefix, x[:, :1] if state.guests is None else state.guests
+        return torch.cat([x[:, :p], guest.detach() + learned, x[:, p:]], dim=1)
+
+    def _untouched(self, layer: int, x: Tensor, state: State) -> bool:
+        """Whether a block may run as it is: nothing has left, nothing leaves, nothing is read."""
+        if state.index is not None or self._guests is not None or self._reads(layer):
+            return False
+        return not self._acts(layer, x)
 
     def _reads(self, layer: int) -> list[TowerNeed]:
         return self.plan.reads(layer, self.patches)
@@ -126,7 +99,7 @@ class Passage:
         stage = self.plan.stage(layer)
         if stage is None:
             return False
-        n = x.shape[1] - self.adapter.n_prefix
+        n = x.shape[1] - self._prefix
         count = self.plan.known(layer, n, self.patches)
         return count is None or count < n
 
@@ -135,69 +108,87 @@ class Passage:
     ) -> tuple[Tensor, State]:
         """Runs the first half, and what happens before the second."""
         adapter, attention = self.adapter, self.adapter.attention(block)
+        stage = self.plan.stage(layer)
         normed = adapter.norm(block, x)
         q, content, v = adapter.project(attention, normed)
         k = content
         if rope is not None:
-            rope = _left(rope, state.index)
-            q, k = (adapter.turn(attention, part, rope) for part in (q, k))
-        mask = _bias(state, q)
-        read = self._read(layer, q, content, k, v, mask)
+            rope = left_of(rope, state.index)
+            q, k = (self._turn(attention, part, rope) for part in (q, k))
+        bias = added(state, q)
+        state = self._read(layer, state, q, content, k, v, bias)
         dropped = adapter.dropout(attention) if block.training else 0.0
-        out = scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropped)
+        if stage and stage.ahead:
+            weights = maps(q, k, None, bias)
+            x, state, chosen = self._cut(layer, stage, x, state)
+            weights = merged(weights, chosen, self._prefix)
+            normed = adapter.norm(block, x)
+            v = adapter.project(attention, normed)[2]
+            out = dropout(weights, dropped).to(v.dtype) @ v
+        else:
+            out = scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropped)
         x = x + adapter.attended(block, out.transpose(1, 2).flatten(2), normed)
-        state = replace(state, values=(*state.values, *read))
-        stage = self.plan.stage(layer)
-        return self._cut(layer, x, state) if stage and stage.before_mlp else (x, state)
+        return self._cut(layer, stage, x, state)[:2] if stage and stage.before_mlp else (x, state)
+
+    def _turn(self, attention: Any, x: Tensor, rope: Tensor) -> Tensor:
+        """Applies a rotary embedding, of which a strategy's token has none."""
+        if self._guests is None:
+            return self.adapter.turn(attention, x, rope)
+        p, more = self.adapter.n_prefix, self._prefix
+        turned = self.adapter.turn(attention, torch.cat([x[:, :, :p], x[:, :, more:]], dim=2), rope)
+        return torch.cat([turned[:, :, :p], x[:, :, p:more], turned[:, :, p:]], dim=2)
 
     @torch.no_grad()
     def _read(
-        self, layer: int, q: Tensor, content: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
-    ) -> list[tuple[TowerNeed, Tensor]]:
+        self,
+        layer: int,
+        state: State,
+        q: Tensor,
+        content: Tensor,
+        k: Tensor,
+        v: Tensor,
+        bias: Tensor | None,
+    ) -> State:
         """Reads what is wanted of this block; keys without a rotary embedding."""
         read = []
         for need in self._reads(layer):
             if not isinstance(need, Patches):
                 keys = content if isinstance(need, (Keys, WideKeys)) else k
-                read.append((need, reduced(need, q, keys, v, self.adapter.n_prefix, None, mask)))
-        return read
+                read.append((need, reduced(need, q, keys, v, self._prefix, None, bias)))
+        return replace(state, values=(*state.values, *read))
 
     def _after(self, layer: int, x: Tensor, state: State) -> tuple[Tensor, State]:
         """Does what happens after a block."""
-        stage, p = self.plan.stage(layer), self.adapter.n_prefix
+        stage, p = self.plan.stage(layer), self._prefix
         seen = [need for need in self._reads(layer) if isinstance(need, Patches)]
         if seen:
             values = tuple((need, x[:, p:].detach().float()) for need in seen)
             state = replace(state, values=(*state.values, *values))
-        return self._cut(layer, x, state) if stage and not stage.before_mlp else (x, state)
+        if stage and not stage.inside_block:
+            x, state, _ = self._cut(layer, stage, x, state)
+        return x, replace(state, values=state.lasting)
 
-    def _cut(self, layer: int, x: Tensor, state: State) -> tuple[Tensor, State]:
+    def _cut(
+        self, layer: int, stage: Stage, x: Tensor, state: State
+    ) -> tuple[Tensor, State, Selection]:
         """Leaves what the strategy chooses, and makes of it."""
-        stage, p = self.plan.stages[layer], self.adapter.n_prefix
+        p = self._prefix
         signals = Signals(
             x[:, p:],
             square(self.patches) if state.index is None else None,
             None,
             {need: value for need, value in state.values if need in stage.needs},
-            inside=self._inside(layer, len(x)),
+            inside=self.plan.inside(layer, self.patches, len(x)),
             n_prefix=p,
             size=state.sizes,
         )
-        k = self.plan.count(layer, signals)
         with torch.no_grad():
-            chosen = select_group(self.plan.strategy, signals, k)
+            chosen, padded = choose(self.plan, layer, signals, state.lengths())
         if chosen.is_identity:
-            return x, state
-        _refuse_new(self.plan.strategy.name, chosen)
+            return x, state, chosen
+        _refuse_prefix(self.plan.strategy.name, chosen)
         x = torch.cat([x[:, :p], chosen.apply(x[:, p:])], dim=1)
-        return x, state.after(chosen, stage.proportional)
-
-    def _inside(self, layer: int, batch: int) -> Inside | None:
-        """Returns where a stage acts; None for one that acts once, on the output of all blocks."""
-        layers, depth = tuple(self.plan.stages), len(self.adapter.blocks)
-        if layers == (depth - 1,) and not self.plan.stages[layer].before_mlp:
-            return None
-        return Inside(layers.index(layer), layers, depth, (self.patches,) * batch)
+        return x, state.after(chosen, stage.proportional, padded), chosen
 
     def _spread(self, x: Tensor, state: State) -> Tensor:
         """Returns the states of all patches, from those of the tokens that they are in."""
@@ -234,41 +225,27 @@ class Passage:
         return None if self._was_whole else self.entering[-1].factors(length)
 
 
-def _into(chosen: Selection) -> Tensor:
-    """Returns the output that each token goes into, ``[B, n]`` int64, -1 = none."""
-    batch, k = chosen.rows.shape
-    into = torch.full((batch, chosen.n), -1, device=chosen.rows.device)
-    if chosen.mix is not None:
-        return into.scatter(1, chosen.mix.source, chosen.mix.target)
-    return into.scatter(1, chosen.rows, torch.arange(k, device=into.device).expand(batch, k))
+def merged(weights: Tensor, chosen: Selection, n_prefix: int) -> Tensor:
+    """Returns an attention map among the tokens that are left.
 
-
-def _bias(state: State, q: Tensor) -> Tensor | None:
-    """Returns what keys get added, ``[B, 1, 1, S]`` in the dtype of ``q``, or None."""
-    factors = state.factors(q.shape[2]) if state.proportional else None
-    return None if factors is None else factors.log().to(q.dtype)[:, None, None]
-
-
-def _left(rope: Tensor, index: Tensor | None) -> Tensor:
-    """Returns the rotary embedding of the tokens that are left.
+    Attention to tokens that merge is added up; that of tokens that merge is mixed as they are. What
+    went to tokens that leave goes to the others.
 
     Args:
-        rope: ``[N, e]``, or ``[H, N, e]`` where heads have their own.
-        index: ``[B, n]`` patches, None = all.
+        weights: ``[B, H, S, S]`` float32, from query to key, the prefix first.
 
-    Raises:
-        UnsupportedError: it has other dimensions.
+    Returns:
+        ``[B, H, K, K]``, the prefix included.
     """
-    if index is None:
-        return rope
-    if rope.ndim == 2:
-        return rope[index][:, None]
-    if rope.ndim == 3:
-        return rope[:, index].transpose(0, 1)
-    raise UnsupportedError(
-        f"The rotary embedding is {list(rope.shape)}; known are [N, e] and [H, N, e]. Give images "
-        "of one size."
-    )
+    if chosen.is_identity:
+        return weights
+    mix = chosen.mix
+    whole = replace(chosen, mix=mix and Mix(mix.source, mix.target, torch.ones_like(mix.weight)))
+    for dim, part in ((3, whole), (2, chosen)):
+        moved = weights.movedim(dim, 1)  # [B, S, H, S]
+        left = part.apply(moved[:, n_prefix:].flatten(2)).unflatten(2, moved.shape[2:])
+        weights = torch.cat([moved[:, :n_prefix], left], dim=1).movedim(1, dim)
+    return weights / weights.sum(-1, keepdim=True)
 
 
 def _refuse_masks(block: Any, given: dict[str, Any]) -> None:
@@ -281,30 +258,11 @@ def _refuse_masks(block: Any, given: dict[str, Any]) -> None:
         )
 
 
-def _refuse_new(name: str, chosen: Selection) -> None:
-    """Raises UnsupportedError where an output is made of prefix tokens, or has no patch's place."""
-    if torch.compiler.is_compiling() or chosen.mix is None:
+def _refuse_prefix(name: str, chosen: Selection) -> None:
+    """Raises UnsupportedError where an output is made of prefix tokens."""
+    if torch.compiler.is_compiling() or not chosen.n_prefix:
         return
-    if chosen.n_prefix or bool((chosen.rows < 0).any()):
-        raise UnsupportedError(
-            f"{name} makes tokens of [CLS], or new ones; in a ViT patches can only leave or merge "
-            "into others. Use another strategy, such as 'tome'."
-        )
-
-
-def selections(state: State, batch: int, n: int) -> list[Selection]:
-    """Returns per image what is left of its ``n`` patches, in the order of their places."""
-    if state.index is None or state.owner is None:
-        return [Selection.all(1, n, torch.device("cpu"))] * batch
-    return [_selection(row, owner) for row, owner in zip(state.index, state.owner, strict=True)]
-
-
-def _selection(index: Tensor, owner: Tensor) -> Selection:
-    rows, order = index.sort()
-    place = order.argsort()
-    source = (owner >= 0).nonzero()[:, 0]
-    if len(source) == len(rows):
-        return Selection(rows[None], len(owner))
-    target = place[owner[source]]
-    weight = 1 / torch.bincount(target, minlength=len(rows)).float()[target]
-    return Selection(rows[None], len(owner), Mix(source[None], target[None], weight[None]))
+    raise UnsupportedError(
+        f"{name} makes tokens of [CLS]; in a ViT, which keeps it, tokens are made of patches "
+        "alone. Use another strategy, such as 'tome'."
+    )

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from vtprune.engine.instance import live, refuse_overlap, restore
 from vtprune.engine.report import ImageReport, Report, TileReport
-from vtprune.engine.vit import Passage, selections
+from vtprune.engine.vit import Passage
 from vtprune.engine.vit_plan import Plan
+from vtprune.engine.vit_state import selections
 from vtprune.errors import UnsupportedError
 from vtprune.types import Selection, Strategy
 from vtprune.vit_adapters._base import ViTAdapter
@@ -30,6 +31,7 @@ class ViTHandle:
     """A wrapped ViT. ``remove()`` (or leaving the ``with`` block) gives the original back.
 
     Outputs have as many tokens as are left, the prefix first; ``selections`` say of which patches.
+    Where images are left different counts, rows are filled up behind with tokens that nobody sees.
     Methods that put the outputs of blocks in their places in the image give each patch what the
     token that it is in has become.
     """
@@ -69,9 +71,9 @@ class ViTHandle:
         if not n:
             return Report(repr(plan.strategy), tuple(plan.stages))
         attended, passed = zip(*passage.counted, strict=True)
-        left = passage.left
         tile = TileReport(n + self.adapter.n_prefix, attended, passed, self.adapter.shape)
-        images = [ImageReport(row, n, left, asked > n) for row in range(passage.batch)]
+        left = enumerate(passage.left)
+        images = [ImageReport(row, n, count, asked > n) for row, count in left]
         return Report(
             repr(plan.strategy), tuple(plan.stages), tuple(images), tiles=(tile,) * passage.batch
         )

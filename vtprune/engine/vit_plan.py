@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from vtprune.errors import ConfigError, UnsupportedError
+import torch
+
+from vtprune.errors import ConfigError, InputError, UnsupportedError
 from vtprune.types import (
     Budget,
     Facts,
+    Inside,
     Keep,
     Patches,
     Signals,
@@ -31,6 +35,7 @@ class Plan:
     Attributes:
         stages: by block, 0-based and ascending.
         budget: of what stays in the end; ``removed``: tokens that leave, by block, in its place.
+        depth: number of blocks.
         spread: whether the blocks share evenly what the budget takes away; or else the strategy
             counts.
     """
@@ -38,6 +43,7 @@ class Plan:
     strategy: Strategy
     stages: Mapping[int, Stage]
     budget: Budget
+    depth: int
     removed: tuple[int, ...] | None = None
     spread: bool = False
 
@@ -61,7 +67,7 @@ class Plan:
         return self.budget.times(self.stages[layer].times)
 
     def known(self, layer: int, n: int, entered: int) -> int | None:
-        """Returns how many of ``n`` tokens a block leaves, None where the strategy counts.
+        """Returns how many of ``n`` tokens a block leaves, None where that depends on the image.
 
         Args:
             entered: patches of an image.
@@ -70,28 +76,32 @@ class Plan:
             return n
         if self.removed is not None:
             return n - min(self.removed[layer], n // 2)
-        if not self.spread:
+        if self.spread:
+            leaving = evenly(entered - self.budget.count(entered), list(self.stages))
+            return min(n, entered - sum(gone for i, gone in leaving.items() if i <= layer))
+        if self.strategy.kind == "adaptive":
             return None
-        leaving = evenly(entered - self.budget.count(entered), list(self.stages))
-        return min(n, entered - sum(gone for i, gone in leaving.items() if i <= layer))
+        signals = Signals(torch.empty(1, n, 0), inside=self.inside(layer, entered, 1))
+        try:
+            return self.strategy.counts(signals, self._budget(layer))[0]
+        except InputError:  # it counts by what is read of the image
+            return None
 
-    def count(self, layer: int, signals: Signals) -> int:
-        """Returns how many tokens of every image a block leaves.
-
-        Raises:
-            UnsupportedError: the strategy leaves different images different counts.
-        """
+    def counts(self, layer: int, signals: Signals) -> int | list[int]:
+        """Returns how many tokens of each image a block leaves, one number where it is the same."""
         entered = signals.inside.entered[0] if signals.inside else signals.n
         known = self.known(layer, signals.n, entered)
         if known is not None:
             return known
-        counts = set(self.strategy.counts(signals, self._budget(layer)))
-        if len(counts) > 1:
-            raise UnsupportedError(
-                f"{self.strategy.name} leaves different images different counts "
-                f"({sorted(counts)}), which one batch cannot hold. Give images one by one."
-            )
-        return counts.pop()
+        counts = self.strategy.counts(signals, self._budget(layer))
+        return counts[0] if len(set(counts)) == 1 else counts
+
+    def inside(self, layer: int, entered: int, batch: int) -> Inside | None:
+        """Returns where a stage acts; None for one that acts once, on the output of all blocks."""
+        layers = tuple(self.stages)
+        if layers == (self.depth - 1,) and not self.stages[layer].inside_block:
+            return None
+        return Inside(layers.index(layer), layers, self.depth, (entered,) * batch)
 
 
 def plan(
@@ -134,12 +144,11 @@ def plan(
     strategy.check_budget(budget, facts)
     for stage in stages.values():
         check_needs(stage.needs, facts, strategy.name)
-    removed = None
+    depth = facts.vision_layers
     if isinstance(reduce, float):
-        removed = for_operations(reduce, adapter, stages)
-    elif reduce is not None:
-        removed = per_block(reduce, facts.vision_layers)
-    return Plan(strategy, stages, budget, removed, spread)
+        return for_operations(reduce, adapter, Plan(strategy, stages, budget, depth, None, spread))
+    removed = None if reduce is None else per_block(reduce, depth)
+    return Plan(strategy, stages, budget, depth, removed, spread)
 
 
 def _in_blocks(stages: Sequence[Stage]) -> bool:
@@ -186,41 +195,45 @@ def evenly(total: int, layers: Sequence[int]) -> dict[int, int]:
     return {layer: each + (i < rest) for i, layer in enumerate(layers)}
 
 
-def for_operations(
-    saved: float, adapter: ViTAdapter, stages: Mapping[int, Stage]
-) -> tuple[int, ...]:
-    """Returns how many tokens leave in each block for a share of the blocks' operations.
-
-    Stages take equally many, in all the fewest by which at least ``saved`` is saved.
+def for_operations(saved: float, adapter: ViTAdapter, plan: Plan) -> Plan:
+    """Returns the plan that keeps most tokens of those that save a share of the operations.
 
     Raises:
-        ConfigError: a share out of range, or one that cannot be reached.
+        ConfigError: a share out of range, or one that cannot be reached or foreseen.
     """
-    shape, n = adapter.shape, adapter.n_patches
+    shape, n, prefix = adapter.shape, adapter.n_patches, adapter.n_prefix
     if not 0 < saved < 1 or n is None:
         raise ConfigError(
             f"reduce={saved}: a float is the share of operations that is saved, above 0 and below "
             "1, of images of one fixed size. Give one, or whole numbers of tokens."
         )
-    whole, share = shape.prefill([n + adapter.n_prefix] * shape.layers), 0.0
-    for total in range(n):
-        leaving = evenly(total, list(stages))
-        removed = tuple(leaving.get(i, 0) for i in range(shape.layers))
-        share = 1 - shape.prefill(*_ways(removed, n, adapter.n_prefix, stages)) / whole
-        if share >= saved:
-            return removed
-    raise ConfigError(f"reduce={saved}: blocks {list(stages)} can save {share:.3g} at most.")
+    if None in [plan.known(layer, n, n) for layer in plan.stages]:
+        raise ConfigError(
+            f"reduce={saved}: {plan.strategy.name} counts by the image, so what it saves is not "
+            "known beforehand. Give keep=."
+        )
+    whole = shape.prefill([n + prefix] * shape.layers)
+
+    def share(keep: int) -> float:
+        ways = _ways(replace(plan, budget=Budget(tokens=keep)), n, prefix)
+        return 1 - shape.prefill(*ways) / whole
+
+    if share(1) < saved:
+        raise ConfigError(
+            f"reduce={saved}: blocks {list(plan.stages)} can save {share(1):.3g} at most."
+        )
+    most = bisect.bisect_left(range(n, 0, -1), saved, key=share)
+    return replace(plan, budget=Budget(tokens=n - most))
 
 
-def _ways(
-    removed: Sequence[int], n: int, n_prefix: int, stages: Mapping[int, Stage]
-) -> tuple[list[int], list[int]]:
+def _ways(plan: Plan, n: int, n_prefix: int) -> tuple[list[int], list[int]]:
     """Returns how many tokens enter attention, and how many the MLP, of each block."""
-    attended, passed = [], []
-    for i, gone in enumerate(removed):
-        left = n - min(gone, n // 2)
+    attended, passed, entered = [], [], n
+    for layer in range(plan.depth):
+        stage = plan.stage(layer)
+        left = n if stage is None else plan.known(layer, n, entered) or n
         attended.append(n + n_prefix)
-        passed.append((left if i in stages and stages[i].before_mlp else n) + n_prefix)
+        passed.append((left if stage and stage.inside_block else n) + n_prefix)
         n = left
     return attended, passed
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from vtprune.errors import UnsupportedError
 from vtprune.flops import Shape
-from vtprune.types import ClsRow, Facts, Flow, TowerNeed, WideClsRow
+from vtprune.types import ClsRow, Facts, Flow, Maps, TowerNeed, WideClsRow
 
 
 class ViTAdapter(ABC):
@@ -59,6 +59,7 @@ class ViTAdapter(ABC):
         """What strategies may know."""
         depth = len(self.blocks)
         kinds = {k for k in Facts.signals_of(cls_row=self.has_cls) if issubclass(k, TowerNeed)}
+        kinds |= {Maps}
         if self.n_prefix and not self.has_cls:
             kinds -= {Flow, ClsRow, WideClsRow}
         return Facts(
