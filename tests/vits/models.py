@@ -10,6 +10,9 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+import vtprune
+from vtprune.engine.vit_handle import ViTHandle
+
 PATCHES, DEPTH = 64, 3  # an 8 x 8 grid
 
 TIMM = {
@@ -117,6 +120,12 @@ def _scaled(model: nn.Module) -> nn.Module:
 
 def images(batch: int = 2) -> Tensor:
     return torch.randn(batch, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+
+
+def wrap(model: Any, *args: Any, **kwargs: Any) -> ViTHandle:
+    handle: Any = vtprune.wrap(model, *args, **kwargs)
+    assert isinstance(handle, ViTHandle)
+    return handle
 
 
 @torch.no_grad()
