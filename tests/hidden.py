@@ -79,7 +79,7 @@ def _hooks(climb: tower.Climb, cuts: list[Cut], blocks: list[Any]) -> Iterator[A
         pairs: dict[int, tuple[Selection, Tensor, Tensor]] = {}
         for (b, (places, sizes)), chosen in zip(tiles.items(), cut.chosen, strict=True):
             if not chosen.is_identity:
-                left = places[chosen.rows[0]]
+                left = places[_slots(chosen)]
                 pairs[b] = chosen, places, left
                 touched[b] = left, _summed(chosen, sizes)
         tiles |= touched
@@ -93,8 +93,17 @@ def _hooks(climb: tower.Climb, cuts: list[Cut], blocks: list[Any]) -> Iterator[A
             yield later.register_forward_pre_hook(_hide(mask))
 
 
+def _slots(chosen: Selection) -> list[int]:
+    """The place of each output, of new ones the first that is free."""
+    rows = chosen.rows[0].tolist()
+    free = iter(sorted(set(range(chosen.n)) - set(rows)))
+    return [next(free) if row == -1 else row for row in rows]
+
+
 def _summed(chosen: Selection, sizes: Tensor) -> Tensor:
     """How many patches each output stands for."""
+    if chosen.sizes is not None:
+        return chosen.sizes[0]
     if chosen.mix is None:
         return sizes[chosen.rows[0]]
     total = torch.zeros(chosen.rows.shape[1])

@@ -206,6 +206,47 @@ def test_compare_strategies_counts_and_says_what_was_lost(tmp_path: Path) -> Non
     assert 2 * right[0] - right[1] - right[2] <= lost  # gained answers make up the rest
 
 
+@pytest.mark.parametrize(
+    ("name", "library", "said"),
+    [
+        ("vit_timm", "timm", "tome: 14 of 14 right"),
+        ("vit_open_clip", "open_clip", "tome: 14 of 14 pictures find their caption"),
+    ],
+)
+def test_vit_example_runs_on_the_shipped_model(
+    tmp_path: Path, name: str, library: str, said: str
+) -> None:
+    pytest.importorskip(library)
+    few = ["--batch", "14", "--repeats", "1"]
+    out = run(ROOT / "examples" / f"{name}.py", tmp_path, *few)
+    assert said in out and said.replace("tome", "unpruned") in out
+    assert "49 of 196 patches are left" in out
+    assert "GFLOPs of the blocks per image: 0.352 of 0.615" in out
+
+
+def test_vit_example_takes_a_name_of_timm(tmp_path: Path) -> None:
+    pytest.importorskip("timm")
+    given = ["--model", "vit_tiny_patch16_224", "--strategy", "strided", "--keep", "9"]
+    few = ["--batch", "2", "--repeats", "1"]
+    out = run(ROOT / "examples" / "vit_timm.py", tmp_path, *given, *few)
+    assert "9 of 196 patches are left" in out and "strided: [2, 1000]" in out
+
+
+def test_vit_benchmark_prints_every_call(tmp_path: Path) -> None:
+    pytest.importorskip("timm")
+    small = ["--model", "vit_tiny_patch16_224", "--batch", "2", "--rounds", "1"]
+    script = ROOT / "benchmarks" / "vit.py"
+    out = run(script, tmp_path, *small, "--strategies", "tome", "strided", "prumerge", "fastv")
+    rows = re.findall(r"^\| ([\w .()=]+) \| ([\d.]+) \| ([\d.]+) \|", out, re.MULTILINE)
+    names = ["unpruned", "tome", "strided", "tome r=13", "tome r=16"]
+    assert [row[0] for row in rows] == names
+    whole, *halves = (float(row[1]) for row in rows)
+    assert 0.45 * whole < halves[0] <= 0.5 * whole + 0.01
+    assert "tome r=13: 197, 184, 171, " in out and ", 53, 37, 21\n" in out
+    assert "prumerge left out: it acts on what leaves the last block" in out
+    assert "fastv left out: " in out
+
+
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
 def test_examples_are_short(path: Path) -> None:
     assert len(path.read_text(encoding="utf-8").splitlines()) < 60

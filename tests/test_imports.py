@@ -20,11 +20,13 @@ OPTIONAL = {"lmms_eval", "matplotlib", "open_clip", "pyarrow", "rich", "scipy", 
 OPTIONAL |= {"triton", "typer", "vllm"}
 
 VOCABULARY = {"vtprune.types", "vtprune.needs", "vtprune.selection", "vtprune.budget"}
+VOCABULARY |= {"vtprune.attending"}
 VOCABULARY |= {"vtprune.errors", "vtprune.kernels", "vtprune.rules", "vtprune.signals"}
-TRAINED = {"vtprune.gates", "vtprune.projectors"}
+TRAINED = {"vtprune.gates", "vtprune.projectors", "vtprune.trained"}
 # Folder or file -> what it may import besides the standard library.
 ALLOWED = {
     "errors": set(),
+    "attending": {"vtprune.kernels", "torch"},
     "budget": {"vtprune.errors"},
     "kernels": {"vtprune.errors", "vtprune.kernels", "torch", "triton"},
     "needs": {"vtprune.errors"},

@@ -99,9 +99,13 @@ class Shape:
         """
         queries = self.queries or self.width
         projected = 2 * n * self.width * (queries + (self.keys or queries))
-        attended = 2 * n * (n if keys is None else keys) * queries
+        attended = self.attending(n, keys)
         matrices = 3 if self.gated else 2
         return projected + attended + matrices * (n if ffn is None else ffn) * self.width * self.ffn
+
+    def attending(self, n: Tokens, keys: Tokens | None = None) -> Tokens:
+        """Returns those of attention alone, of ``n`` queries; arguments as of ``layer``."""
+        return 2 * n * (n if keys is None else keys) * (self.queries or self.width)
 
     def prefill(self, entering: Sequence[Tokens], ffn: Sequence[Tokens] | None = None) -> Tokens:
         """Returns the MACs of all layers on a prompt, ``entering`` by as many tokens each.

@@ -141,6 +141,13 @@ class Received(TowerNeed):
     """
 
 
+class TotalReceived(Received):
+    """As ``Received``, but the sum over queries. ``[B, N]`` float32.
+
+    Added up over blocks, it counts what was received where more tokens asked.
+    """
+
+
 class Keys(TowerNeed):
     """Mean over heads of the keys of each patch, as attention uses them. ``[B, N, d]`` float32.
 
@@ -167,6 +174,16 @@ class Maps(TowerNeed):
     float32; the prefix is among the S tokens. Only a ViT by itself gives it, and only to a stage in
     or right after that block.
     """
+
+
+@dataclass(frozen=True)
+class Left(TowerNeed):
+    """What the rule of that block's attention left with each patch, ``[B, N, ...]``, by its name.
+
+    Only a ViT by itself has such rules.
+    """
+
+    name: str
 
 
 class WideClsRow(TowerNeed):
@@ -200,6 +217,11 @@ class Flow(TowerNeed):
 
 
 @dataclass(frozen=True)
+class Attention(Need):
+    """Attention itself, for which a rule of the strategy stands. Only a ViT by itself lets it."""
+
+
+@dataclass(frozen=True)
 class InstructionText(Need):
     """Language-model embeddings of the instruction's words; ``Signals.text`` holds them."""
 
@@ -221,6 +243,7 @@ class Facts:
         in_tower: whether tokens can be reduced inside the tower: a visual token is one patch.
         mrope: whether position ids have several axes, so that renumbering makes no sense.
         family: name used in messages.
+        width: of the hidden states of the tower, None where that is not said.
     """
 
     vision_layers: int
@@ -234,11 +257,13 @@ class Facts:
     in_tower: bool = True
     mrope: bool = False
     family: str = "this model"
+    width: int | None = None
 
     @staticmethod
     def signals_of(*, cls_row: bool) -> frozenset[type]:
         """Returns the signals of an ordinary tower, with or without a CLS token."""
-        kinds = {Received, Keys, Flow, Guidance, Patches, ValueNorm, InstructionText, *INSIDE}
+        kinds = {Received, TotalReceived, Keys, Flow, Guidance, Patches, ValueNorm}
+        kinds |= {InstructionText, *INSIDE}
         kinds |= {WideKeys, WideClsRow} if cls_row else {WideKeys}
         return frozenset(kinds | {ClsRow} if cls_row else kinds)
 

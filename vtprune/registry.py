@@ -66,10 +66,11 @@ def strategy_names() -> list[str]:
 def keeping_names() -> list[str]:
     """Returns the names of the strategies that keep a number of tokens, not all or none.
 
-    It imports them.
+    Without those that need weights trained for the very model. It imports them.
     """
+    classes = {name: strategy_class(name) for name in strategy_names()}
     kinds = ("select", "adaptive")
-    return [name for name in strategy_names() if strategy_class(name).kind in kinds]
+    return [name for name, cls in classes.items() if cls.kind in kinds and not cls.trained]
 
 
 def strategy_class(name: str) -> type[Strategy]:

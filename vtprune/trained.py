@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
-from safetensors.torch import save_file
-from torch import Tensor
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 from vtprune.errors import ConfigError
 
@@ -50,6 +54,74 @@ class Trained:
         """Returns the file in a model's folder, None where there is none."""
         here = Path(folder, self.file)
         return str(here) if folder and here.is_file() else None
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """Returns the tensors of the file that ``name`` means, read once and not to be changed.
+
+        Raises:
+            ConfigError: there is none, or it is no safetensors file.
+        """
+        path = self.find(name)
+        try:
+            return _tensors(path, stamp(path))
+        except SafetensorError as error:
+            raise ConfigError(f"{path} is no safetensors file ({error}). {self.train}") from error
+
+
+@lru_cache(maxsize=8)
+def _tensors(path: Path, changed: tuple[int, int]) -> dict[str, Tensor]:
+    return load_file(path)
+
+
+@dataclass(frozen=True)
+class Modules(Trained):
+    """Trained weights that are a list of modules of one class, each in the file by its number.
+
+    Attributes:
+        make: returns one without values, by the names and shapes of its tensors.
+    """
+
+    make: Callable[[Mapping[str, Tensor]], nn.Module]
+
+    def load(
+        self, source: str | nn.ModuleList | None, device: torch.device | str = "cpu"
+    ) -> nn.ModuleList:
+        """Returns the modules of a file or a shipped model, read once per device, or given ones.
+
+        Raises:
+            ConfigError: none are given, there is no such file, or it holds others.
+        """
+        if isinstance(source, nn.ModuleList):
+            return source
+        if source is None:
+            raise ConfigError(f"There are no {self.what} for this model. {self.train}")
+        path = self.find(source)
+        return _modules(self, path, stamp(path), torch.device(device))
+
+
+@lru_cache(maxsize=8)
+def _modules(
+    kind: Modules, path: Path, changed: tuple[int, int], device: torch.device
+) -> nn.ModuleList:
+    each: dict[int, dict[str, Tensor]] = defaultdict(dict)
+    try:
+        for name, tensor in load_file(path, device=str(device)).items():
+            number, _, rest = name.partition(".")
+            each[int(number)][rest] = tensor
+        made = [_filled(kind, each[i]) for i in range(len(each))]
+    except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ConfigError(
+            f"{path} holds no {kind.what} that fit together: {reason}. {kind.train}"
+        ) from error
+    return nn.ModuleList(made).requires_grad_(False).eval()
+
+
+def _filled(kind: Modules, tensors: Mapping[str, Tensor]) -> nn.Module:
+    with torch.device("meta"):  # so that no random number is drawn
+        module = kind.make(tensors)
+    module.load_state_dict(dict(tensors), assign=True)
+    return module
 
 
 def stamp(path: Path) -> tuple[int, int]:

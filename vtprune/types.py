@@ -12,10 +12,12 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
+from vtprune.attending import AttentionRule
 from vtprune.budget import Budget, Keep, Scope
 from vtprune.errors import ConfigError
 from vtprune.kernels.topk_sorted import topk_sorted
 from vtprune.needs import (
+    Attention,
     ClsRow,
     DecoderNeed,
     EachHead,
@@ -30,6 +32,7 @@ from vtprune.needs import (
     LastFlow,
     LastRow,
     LayerKeys,
+    Left,
     Likeness,
     Maps,
     Need,
@@ -40,6 +43,7 @@ from vtprune.needs import (
     RowNeed,
     TextRows,
     TextState,
+    TotalReceived,
     TowerNeed,
     Transition,
     Turned,
@@ -54,6 +58,8 @@ from vtprune.selection import Mix, Selection
 from vtprune.signals import Inside, Signals
 
 __all__ = [
+    "Attention",
+    "AttentionRule",
     "Budget",
     "ClsRow",
     "DecoderNeed",
@@ -71,6 +77,7 @@ __all__ = [
     "LastFlow",
     "LastRow",
     "LayerKeys",
+    "Left",
     "Likeness",
     "Maps",
     "Mix",
@@ -91,6 +98,7 @@ __all__ = [
     "Strategy",
     "TextRows",
     "TextState",
+    "TotalReceived",
     "TowerNeed",
     "Transition",
     "Turned",
@@ -125,7 +133,9 @@ class Stage:
     there: what leaves or merges does so in the attention map too, which is not computed again.
     It leaves so many ``times`` the budget, above 1 where a later stage has to come down to it; a
     function says what share it leaves, by the share that the strategy is to keep.
-    With a ``rule`` nothing leaves: it says what visual rows compute in that layer.
+    With a ``rule`` nothing leaves: it says what visual rows compute in that layer. What stands in
+    ``attend`` does so for the attention of that block, whatever leaves it, but not ``ahead``; its
+    stage needs ``Attention``.
     """
 
     site: Site
@@ -136,6 +146,7 @@ class Stage:
     ahead: bool = False
     proportional: bool = False
     rule: RowRule | None = None
+    attend: AttentionRule | None = None
 
     @property
     def inside_block(self) -> bool:
@@ -167,6 +178,7 @@ class Strategy:
         kind: ``select`` keeps an exact count, ``adaptive`` counts of its own per row, ``exit`` all
             tokens of a sample or none, ``compute`` all, for which less is computed: its stages have
             rules, and it takes no ``keep``.
+        trained: whether it decides by weights that were trained for the very model.
         acts_inside: whether all it does is inside the language model, where ``keep`` counts the
             visual tokens of a sample. A stage there of another strategy has whole images counted
             and chooses from tokens made of patches.
@@ -184,6 +196,7 @@ class Strategy:
     scope: ClassVar[Scope] = "image"
     newlines: ClassVar[Newlines] = "keep"
     acts_inside: ClassVar[bool] = False
+    trained: ClassVar[bool] = False
 
     layers: tuple[int, ...] | None = field(default=None, kw_only=True)
 

@@ -13,6 +13,7 @@ from vtprune.types import (
     EachText,
     Facts,
     Flow,
+    Guidance,
     Inside,
     InstructionText,
     KeyNorm,
@@ -21,6 +22,7 @@ from vtprune.types import (
     LastRow,
     LayerKeys,
     Likeness,
+    Maps,
     Need,
     Normed,
     Quantity,
@@ -33,6 +35,7 @@ from vtprune.types import (
     TextState,
     Transition,
     Turned,
+    ValueNorm,
     VisualRows,
     WideClsRow,
     WideKeys,
@@ -51,6 +54,18 @@ TOWERS = {
     )
     for name, has_cls in {"with CLS": True, "without CLS": False}.items()
 }
+# For strategies that no tower of a language model can serve: they read whole attention maps.
+NEEDS_MAPS = {"zero_tprune"}
+BY_ITSELF = "of a ViT by itself"
+EVERY = TOWERS | {
+    BY_ITSELF: replace(
+        TOWERS["with CLS"],
+        feature_block=11,
+        signals=TOWERS["with CLS"].signals | {Maps},
+        decoder_layers=0,
+        family="a ViT by itself",
+    )
+}
 
 
 def _value(need: Need, batch: int, n: int, generator: torch.Generator) -> Tensor:
@@ -58,7 +73,9 @@ def _value(need: Need, batch: int, n: int, generator: torch.Generator) -> Tensor
         return torch.randn(batch, n, generator=generator).softmax(-1)
     if isinstance(need, Flow):
         return torch.rand(batch, n, 2, generator=generator)
-    if isinstance(need, (KeyNorm, LastFlow, Likeness, Transition)):
+    if isinstance(need, Maps):
+        return torch.randn(batch, 2, n, n, generator=generator).softmax(-1)
+    if isinstance(need, (Guidance, KeyNorm, LastFlow, Likeness, Transition, ValueNorm)):
         return torch.rand(batch, n, generator=generator)
     if isinstance(need, TextState):
         return torch.randn(batch, 2 * WIDTH, generator=generator)
@@ -106,10 +123,17 @@ def make_signals(strategy: Strategy, facts: Facts, batch: int, n: int, seed: int
 
 def constant(signals: Signals) -> Signals:
     """The signals of the first token, everywhere."""
+
+    def same_for_all(need: Need, value: Tensor) -> Tensor:
+        if isinstance(need, Maps):
+            return torch.full_like(value, 1 / signals.n)
+        return value[:, :1].expand_as(value)
+
     return replace(
         signals,
         tokens=signals.tokens[:, :1].expand_as(signals.tokens),
-        values={need: v[:, :1].expand_as(v) for need, v in signals.values.items()},
+        values={need: same_for_all(need, v) for need, v in signals.values.items()},
+        size=None if signals.size is None else signals.size[:, :1].expand_as(signals.size),
     )
 
 
@@ -130,7 +154,13 @@ def broken(signals: Signals, rows: list[int], tokens: list[int]) -> Signals:
     def spoil(x: Tensor) -> Tensor:
         return x.clone().index_put(at, torch.tensor(float("nan")))
 
-    values = {need: spoil(v) for need, v in signals.values.items()}
+    def spoil_maps(x: Tensor) -> Tensor:
+        return spoil(spoil(x.permute(0, 3, 2, 1)).permute(0, 2, 1, 3)).permute(0, 3, 1, 2)
+
+    values = {
+        need: spoil_maps(v) if isinstance(need, Maps) else spoil(v)
+        for need, v in signals.values.items()
+    }
     return replace(signals, tokens=spoil(signals.tokens), values=values)
 
 

@@ -15,7 +15,8 @@ from vtprune.projectors import Projector, Projectors
 from vtprune.registry import build, strategy_class, strategy_names
 from vtprune.types import RowRule, Site
 
-NAMES = [name for name in strategy_names() if strategy_class(name).kind == "compute"]
+INSIDE = [name for name in strategy_names() if strategy_class(name).acts_inside]
+NAMES = [name for name in INSIDE if strategy_class(name).kind == "compute"]
 DEPTHS = (1, 2, 4, 12, 28, 32, 40, 64)
 each = pytest.mark.parametrize("name", NAMES)
 

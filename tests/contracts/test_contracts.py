@@ -13,6 +13,9 @@ import torch
 
 import vtprune
 from tests.contracts.bank import (
+    BY_ITSELF,
+    EVERY,
+    NEEDS_MAPS,
     TOWERS,
     WIDTH,
     assert_valid,
@@ -32,7 +35,9 @@ KEEPING = keeping_names()  # the others are in test_compute.py and test_exit.py
 N = 36
 BY_CROP = {"holov"}  # these share the budget among crops, so equal tokens stay far apart
 BY_PAIRS = {"vispruner"}  # of two alike one leaves by its rank, whatever its index
-BY_PLACE = {"tome"}  # the lowest of one half leave for the first of the other
+BY_SUM = {"ats"}  # even points of a sum take equal tokens at even distances
+BY_TURNS = {"mctf"}  # as the next, and then the lowest of the other half for the first that is left
+BY_PLACE = {"pitome", "tofu", "tome"}  # the lowest of one half leave for the first of the other
 
 
 def refused(strategy: Strategy, facts: Facts) -> bool:
@@ -45,7 +50,15 @@ def refused(strategy: Strategy, facts: Facts) -> bool:
     return False
 
 
-SERVED = [(s, t) for s in KEEPING for t, facts in TOWERS.items() if not refused(build(s), facts)]
+def towers(name: str) -> list[str]:
+    """The towers that the strategy can serve, a ViT by itself where there is no other."""
+    if name in NEEDS_MAPS:
+        assert all(refused(build(name), facts) for facts in TOWERS.values())
+        return [BY_ITSELF]
+    return [t for t, facts in TOWERS.items() if not refused(build(name), facts)]
+
+
+SERVED = [(s, t) for s in KEEPING for t in towers(s)]
 EXACT = [(s, t) for s, t in SERVED if strategy_class(s).kind == "select"]
 SCORED = [(s, t) for s, t in SERVED if strategy_class(s).score is not Strategy.score]
 
@@ -106,7 +119,7 @@ def test_a_strategy_is_a_comparable_value(name: str) -> None:
 @each_exact
 @pytest.mark.parametrize("k", [1, 2, 5, 9, 18, N - 1])
 def test_exactly_k_distinct_tokens_are_kept(name: str, tower: str, k: int) -> None:
-    facts = TOWERS[tower]
+    facts = EVERY[tower]
     signals = make_signals(build(name), facts, 3, N)
     assert_valid(build(name).select(signals, k), 3, N, k, facts)
 
@@ -114,7 +127,7 @@ def test_exactly_k_distinct_tokens_are_kept(name: str, tower: str, k: int) -> No
 @each_exact
 @pytest.mark.parametrize("n", [2, 3, 7, 64, 123])
 def test_any_number_of_tokens(name: str, tower: str, n: int) -> None:
-    facts = TOWERS[tower]
+    facts = EVERY[tower]
     signals = make_signals(build(name), facts, 2, n)
     for k in {1, n // 3 or 1, n - 1}:
         selection = vtprune.select(build(name), keep=k, signals=signals)
@@ -123,7 +136,7 @@ def test_any_number_of_tokens(name: str, tower: str, n: int) -> None:
 
 @each
 def test_outputs_are_finite_and_of_the_dtype_of_the_tokens(name: str, tower: str) -> None:
-    facts = TOWERS[tower]
+    facts = EVERY[tower]
     signals = make_signals(build(name), facts, 2, N)
     selection = vtprune.select(build(name), keep=0.25, signals=signals)
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
@@ -137,7 +150,7 @@ def test_outputs_are_finite_and_of_the_dtype_of_the_tokens(name: str, tower: str
 @each
 def test_all_tokens_and_a_single_one_stay_as_they_are(name: str, tower: str) -> None:
     for n, keep in [(N, N), (N, 1.0), (1, 1), (1, 0.1)]:
-        signals = make_signals(build(name), TOWERS[tower], 2, n)
+        signals = make_signals(build(name), EVERY[tower], 2, n)
         selection = vtprune.select(name, keep=keep, signals=signals)
         assert selection.is_identity
         assert torch.equal(selection.apply(signals.tokens), signals.tokens)
@@ -146,10 +159,10 @@ def test_all_tokens_and_a_single_one_stay_as_they_are(name: str, tower: str) -> 
 @each
 def test_a_second_call_decides_the_same_whatever_came_between(name: str, tower: str) -> None:
     strategy = build(name)
-    signals = make_signals(strategy, TOWERS[tower], 3, N)
+    signals = make_signals(strategy, EVERY[tower], 3, N)
     before = cast(signals, torch.float32)
     first = vtprune.select(strategy, keep=9, signals=signals)
-    vtprune.select(strategy, keep=20, signals=make_signals(strategy, TOWERS[tower], 1, 25, seed=7))
+    vtprune.select(strategy, keep=20, signals=make_signals(strategy, EVERY[tower], 1, 25, seed=7))
     assert same(vtprune.select(strategy, keep=9, signals=signals), first)
     assert same(vtprune.select(build(name), keep=9, signals=before), first)
     assert strategy == build(name)
@@ -157,7 +170,7 @@ def test_a_second_call_decides_the_same_whatever_came_between(name: str, tower: 
 
 @each
 def test_the_global_random_state_is_neither_read_nor_moved(name: str, tower: str) -> None:
-    signals = make_signals(build(name), TOWERS[tower], 2, N)
+    signals = make_signals(build(name), EVERY[tower], 2, N)
     torch.manual_seed(1)
     first = vtprune.select(name, keep=9, signals=signals)
     drawn = torch.rand(1)
@@ -169,7 +182,7 @@ def test_the_global_random_state_is_neither_read_nor_moved(name: str, tower: str
 
 @each
 def test_the_signals_are_left_as_they_were(name: str, tower: str) -> None:
-    signals = make_signals(build(name), TOWERS[tower], 2, N)
+    signals = make_signals(build(name), EVERY[tower], 2, N)
     kept = copy.deepcopy(signals)
     vtprune.select(name, keep=9, signals=signals)
     assert torch.equal(signals.tokens, kept.tokens)
@@ -180,7 +193,7 @@ def test_the_signals_are_left_as_they_were(name: str, tower: str) -> None:
 @pytest.mark.parametrize("seed", range(3))
 def test_an_image_is_decided_alone(name: str, tower: str, seed: int) -> None:
     strategy = build(name)
-    signals = make_signals(strategy, TOWERS[tower], 4, N, seed)
+    signals = make_signals(strategy, EVERY[tower], 4, N, seed)
     together = vtprune.select(strategy, keep=9, signals=signals)
     turned = vtprune.select(strategy, keep=9, signals=signals.rows(torch.tensor([3, 2, 1, 0])))
     for b in range(4):
@@ -192,7 +205,7 @@ def test_an_image_is_decided_alone(name: str, tower: str, seed: int) -> None:
 @each_scored
 def test_scores_of_an_image_do_not_depend_on_the_batch(name: str, tower: str) -> None:
     strategy = build(name)
-    signals = make_signals(strategy, TOWERS[tower], 4, N)
+    signals = make_signals(strategy, EVERY[tower], 4, N)
     together = strategy.score(signals)
     for b in range(4):
         alone = strategy.score(signals.rows(torch.tensor([b])))
@@ -205,7 +218,7 @@ def test_scores_of_16_bit_signals_are_finite_float32(
     name: str, tower: str, dtype: torch.dtype
 ) -> None:
     strategy = build(name)
-    signals = make_signals(strategy, TOWERS[tower], 2, N)
+    signals = make_signals(strategy, EVERY[tower], 2, N)
     rounded = dataclasses.replace(signals, tokens=signals.tokens.to(dtype))
     scores = strategy.score(rounded)
     assert scores.shape == (2, N)
@@ -216,7 +229,7 @@ def test_scores_of_16_bit_signals_are_finite_float32(
 @each_exact
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_16_bit_signals_are_decided_too(name: str, tower: str, dtype: torch.dtype) -> None:
-    facts = TOWERS[tower]
+    facts = EVERY[tower]
     signals = cast(make_signals(build(name), facts, 2, N), dtype)
     assert_valid(build(name).select(signals, 9), 2, N, 9, facts)
 
@@ -224,7 +237,7 @@ def test_16_bit_signals_are_decided_too(name: str, tower: str, dtype: torch.dtyp
 @each_scored
 def test_the_highest_scores_are_kept_and_ties_go_to_the_lower_index(name: str, tower: str) -> None:
     strategy = build(name)
-    signals = make_signals(strategy, TOWERS[tower], 2, N)
+    signals = make_signals(strategy, EVERY[tower], 2, N)
     half = {need: (v * 40).round() / 40 for need, v in signals.values.items()}  # few distinct
     signals = dataclasses.replace(signals, values=half)
     rows = strategy.select(signals, 9).rows.tolist()
@@ -234,7 +247,7 @@ def test_the_highest_scores_are_kept_and_ties_go_to_the_lower_index(name: str, t
 
 @each
 def test_equal_tokens_are_kept_from_the_lowest_index_on(name: str, tower: str) -> None:
-    strategy, facts = build(name), TOWERS[tower]
+    strategy, facts = build(name), EVERY[tower]
     drawn = [make_signals(strategy, facts, 2, N, seed) for seed in range(3)]
     decided = [vtprune.select(strategy, keep=9, signals=signals) for signals in drawn]
     equal = [vtprune.select(strategy, keep=9, signals=constant(signals)) for signals in drawn]
@@ -243,6 +256,11 @@ def test_equal_tokens_are_kept_from_the_lowest_index_on(name: str, tower: str) -
         assert torch.equal(equal[0].rows, decided[0].rows)  # it looks at nothing: no ties
     elif name in BY_PAIRS:
         assert 0 in equal[0].rows[0]
+    elif name in BY_SUM:
+        assert (equal[0].rows.diff() >= N // 9).all()
+    elif name in BY_TURNS:
+        assert (equal[0].rows.diff() > 0).all()
+        assert equal[0].total(torch.ones(2, N)).sum(1).tolist() == [N, N]
     elif name in BY_PLACE:
         assert (equal[0].rows.diff() > 0).all()
         assert equal[0].total(torch.ones(2, N)).tolist() == [[N - 8.0] + [1.0] * 8] * 2
@@ -256,7 +274,7 @@ def test_equal_tokens_are_kept_from_the_lowest_index_on(name: str, tower: str) -
 
 @each_exact
 def test_nan_breaks_neither_the_count_nor_other_images(name: str, tower: str) -> None:
-    strategy, facts = build(name), TOWERS[tower]
+    strategy, facts = build(name), EVERY[tower]
     signals = make_signals(strategy, facts, 3, N)
     clean = vtprune.select(strategy, keep=9, signals=signals)
     for tokens in ([0], [4, 17, N - 1], list(range(N))):
@@ -268,7 +286,7 @@ def test_nan_breaks_neither_the_count_nor_other_images(name: str, tower: str) ->
 
 @each_exact
 def test_tokens_with_nan_are_not_preferred(name: str, tower: str) -> None:
-    strategy, facts = build(name), TOWERS[tower]
+    strategy, facts = build(name), EVERY[tower]
     signals = make_signals(strategy, facts, 2, N)
     clean = vtprune.select(strategy, keep=9, signals=signals)
     dropped = [i for i in range(N) if not (clean.rows == i).any()][:3]

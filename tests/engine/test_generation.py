@@ -9,11 +9,16 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 
 import vtprune
 from tests import tiny
+from tests.contracts.bank import NEEDS_MAPS
 from vtprune.engine import generation
 from vtprune.engine.generation import shift_lengths
-from vtprune.registry import strategy_class, strategy_names
+from vtprune.registry import keeping_names, strategy_class
 
-NAMES = [name for name in strategy_names() if not strategy_class(name).acts_inside]
+NAMES = [
+    name
+    for name in keeping_names()
+    if not strategy_class(name).acts_inside and name not in NEEDS_MAPS
+]
 
 
 @pytest.fixture
@@ -298,4 +303,7 @@ def test_half_precision(name, dtype):
         assert logits[handle.index >= 0].isfinite().all()
         report = handle.report()
         kept = [report.of_sample(row)[1] for row in (0, 1)]  # one image, two images
+        if strategy_class(name).kind == "adaptive" and not report.stages:
+            assert all(8 * n <= k <= 9 * n for n, k in zip((1, 2), kept, strict=True))
+            return
         assert kept == pytest.approx([9, 18], abs=0.5 if report.stages else 0)

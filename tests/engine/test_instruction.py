@@ -70,7 +70,7 @@ def test_by_hand(prompt, processor, wanted):
 QUESTION = "what color is the circle ?"
 
 
-@pytest.mark.parametrize("name", shipped.names())
+@pytest.mark.parametrize("name", shipped.vlm_names())
 def test_shipped_models_ask_nothing_but_the_question(name):
     model, processor = shipped.load(name, "cpu", "float32")
     assert asked(model, processor) == QUESTION

@@ -11,13 +11,18 @@ from torch import Tensor
 
 import vtprune
 from tests import tiny
+from tests.contracts.bank import NEEDS_MAPS
 from tests.hidden import Watch
 from tests.probes import generate
 from vtprune.engine import compaction, encoder
-from vtprune.registry import build, strategy_class, strategy_names
+from vtprune.registry import build, keeping_names, strategy_class
 from vtprune.types import Budget, Signals, Site, Strategy
 
-NAMES = [name for name in strategy_names() if not strategy_class(name).acts_inside]
+NAMES = [
+    name
+    for name in keeping_names()
+    if not strategy_class(name).acts_inside and name not in NEEDS_MAPS
+]
 BATCHES = {"one": tiny.one_image, "ragged": tiny.ragged}
 # What keeps a strategy out of the language model, where the reference drops nothing. VisionDrop
 # stays in it: families/test_strategies.py holds it against one that does.

@@ -13,6 +13,7 @@ import vtprune
 from tests import tiny
 from tests.engine.test_oracles import assert_masks_only
 from vtprune.engine import blocks, reduction, tap, tower
+from vtprune.engine.plan import find_adapter
 from vtprune.registry import build
 from vtprune.types import (
     Budget,
@@ -67,18 +68,15 @@ class Sums(Strategy):
 
 @dataclass(frozen=True)
 class Foreign(Strategy):
-    """Makes its outputs of tokens from ``first`` on, at places from ``row`` on."""
-
-    first: int
-    row: int
+    """Makes its outputs of the prefix."""
 
     def plan(self, facts: Facts) -> tuple[Stage, ...]:
         return (Stage(Site.ENCODER, (), 0, before_mlp=True),)
 
     def select(self, signals: Signals, k: int) -> Selection:
         order = torch.arange(k).expand(len(signals.tokens), k)
-        mix = Mix(self.first + order, order, torch.ones(order.shape))
-        return Selection(self.row + order, signals.n, mix)
+        mix = Mix(signals.n + order, order, torch.ones(order.shape))
+        return Selection(order, signals.n, mix)
 
 
 STRATEGIES = [
@@ -86,6 +84,11 @@ STRATEGIES = [
     build("tome", layers=(2,)),
     build("tome", layers=(0, 2)),
     build("tome", prop_attn=False),
+    build("pitome", layers=(0, 2), prop_attn=True),
+    build("tofu", layers=(0, 2)),
+    build("diffrate"),
+    build("evit", layers=(0, 1)),
+    build("evit", fuse=False),
     Sums(),
     Sums(proportional=False),
 ]
@@ -208,12 +211,24 @@ def test_the_blocks_are_put_back_even_after_an_error(monkeypatch):
     assert list(layer.named_children()) == list(parts.items())
 
 
-@pytest.mark.parametrize(("first", "row"), [(tiny.N, 0), (0, -1)])
-def test_what_is_not_made_of_patches_is_refused(first, row):
+def test_what_is_not_made_of_patches_is_refused():
     model, inputs = tiny.build(), tiny.one_image()
     with (
-        vtprune.wrap(model, Foreign(first=first, row=row), keep=1),
-        pytest.raises(vtprune.UnsupportedError, match=r"tokens of \[CLS\], or new ones, between"),
+        vtprune.wrap(model, Foreign(), keep=1),
+        pytest.raises(vtprune.UnsupportedError, match=r"tokens of \[CLS\] between"),
+    ):
+        model.generate(**inputs, max_new_tokens=1)
+
+
+def test_new_tokens_have_no_quantities_of_earlier_blocks():
+    model, inputs = tiny.build(), tiny.ragged()
+    with vtprune.wrap(model, ["evit(layers=(0,))", "fastervlm"], keep=[20, 9]) as handle:
+        model.generate(**inputs, max_new_tokens=1)
+    assert [image.kept for image in handle.report().images] == [9] * 3
+    last = find_adapter(model).facts.feature_block
+    with (
+        vtprune.wrap(model, [f"evit(layers=({last},))", "fastervlm"], keep=[20, 9]),
+        pytest.raises(vtprune.UnsupportedError, match="runs before new tokens are made"),
     ):
         model.generate(**inputs, max_new_tokens=1)
 

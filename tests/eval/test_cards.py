@@ -18,7 +18,7 @@ N = 200
 # What is measured of a model once is for all of its tests: these stay in one process.
 @pytest.fixture(
     scope="module",
-    params=[pytest.param(n, marks=pytest.mark.xdist_group(n)) for n in shipped.names()],
+    params=[pytest.param(n, marks=pytest.mark.xdist_group(n)) for n in shipped.vlm_names()],
 )
 def name(request):
     return request.param

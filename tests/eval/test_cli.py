@@ -15,6 +15,7 @@ from vtprune.eval import scenes
 from vtprune.eval.budgets import BUDGETS, STRATEGIES, points
 from vtprune.eval.cli import app
 from vtprune.eval.samples import TASKS
+from vtprune.eval.samples_vit import VIT_TASKS
 from vtprune.eval.sweep import Sweep
 from vtprune.registry import strategy_names
 
@@ -191,7 +192,8 @@ def test_list_describes_strategies_models_and_tasks(run):
     assert sections["strategies"]["divprune"].startswith("DivPrune: keep the subset")
     assert sections["models"]["mini-llava"].startswith("A LLaVA")
     assert "LlavaForConditionalGeneration" in sections["models"]
-    assert set(sections["tasks"]) == set(TASKS)
+    vits = {name for tasks in VIT_TASKS.values() for name in tasks}
+    assert set(sections["tasks"]) == set(TASKS) | vits
 
 
 def test_scenes_are_written(run, tmp_path):

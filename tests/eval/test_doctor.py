@@ -164,7 +164,7 @@ def test_a_damaged_model_is_an_error(monkeypatch):
     report = report_of(models=probes.models())
     assert report.broken
     assert report.problems[0].what == (
-        f"{shipped.DEFAULT}: model.safetensors is not the file that was shipped."
+        f"{shipped.names()[0]}: model.safetensors is not the file that was shipped."
     )
     assert report.problems[0].command.endswith(" vtprune")
 

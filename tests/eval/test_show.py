@@ -27,7 +27,7 @@ def scene():
     return scenes.make_scene(7)
 
 
-@pytest.mark.parametrize("strategy", ["fastervlm", "visionzip"])
+@pytest.mark.parametrize("strategy", ["fastervlm", "divprune"])
 def test_show_answers_and_draws(loaded, scene, tmp_path, strategy):
     out = tmp_path / "x.png"
     model, processor = loaded

@@ -120,7 +120,7 @@ def test_the_command_writes_gates_and_uses_its_samples_again(tmp_path, model_dir
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("fastv",), "fastv has nothing to train; only 'dyvte' and 'saisa' do"),
+        (("fastv",), "fastv has nothing to train; only dyvte, saisa, "),
         (("dyvtes",), "Unknown strategy 'dyvtes'. Did you mean 'dyvte'?"),
         (("dyvte", "--out", "absent/x"), "there is no folder absent"),
         (("dyvte", "--form", "deep"), "form='deep' is unknown; choose shared or per_layer"),

@@ -21,7 +21,18 @@ from torch import Tensor, nn
 
 from tests.families import batches
 from vtprune.eval import tiny
-from vtprune.types import ClsRow, Flow, Keys, Patches, Received, TowerNeed, WideClsRow, WideKeys
+from vtprune.types import (
+    ClsRow,
+    Flow,
+    Guidance,
+    Keys,
+    Patches,
+    Received,
+    TowerNeed,
+    ValueNorm,
+    WideClsRow,
+    WideKeys,
+)
 
 Batch = dict[str, Tensor]
 # Queries [B, H, S, d], keys and values [B, Hkv, S, d], probabilities [B, H, S, S].
@@ -97,7 +108,7 @@ def modalities(family: str, kind: str) -> list[str]:
 def wanted(family: str) -> tuple[TowerNeed, ...]:
     """Returns everything that the family's tower can be asked for."""
     tower = TOWERS[family]
-    read = (Received, Keys, WideKeys, Flow)
+    read = (Received, Keys, WideKeys, ValueNorm, Guidance, Flow)
     read = (*read, ClsRow, WideClsRow) if tower.n_prefix else read
     reduced = tuple(need(layer) for layer in tower.readable for need in read)
     return (*reduced, Patches(tower.feature))
@@ -188,12 +199,15 @@ def _quantity(
     need: TowerNeed, queries: Tensor, keys: Tensor, values: Tensor, probabilities: Tensor, p: int
 ) -> Tensor:
     """One quantity ``[B, N, ...]`` of one call of a module."""
-    if isinstance(need, Flow):
-        whole = keys.new_zeros(len(keys), keys.shape[2], 2)
+    if isinstance(need, (Flow, Guidance)):
+        made, more = (flow, (2,)) if isinstance(need, Flow) else (guidance, ())
+        whole = keys.new_zeros(len(keys), keys.shape[2], *more)
         for own in (probabilities[0, 0] > 0).unique(dim=0):  # an image of its sequence
             at = own.nonzero()[:, 0]
-            whole[:, at[p:]] = flow(queries[:, :, at], keys[:, :, at], values[:, :, at], p)
+            whole[:, at[p:]] = made(queries[:, :, at], keys[:, :, at], values[:, :, at], p)
         return whole[:, p:]
+    if isinstance(need, ValueNorm):
+        return values.square().sum((1, 3)).sqrt()[:, p:]
     if isinstance(need, (WideKeys, WideClsRow)):
         wide_q, wide_k = (x.transpose(1, 2).flatten(2) for x in (queries, keys))
         if isinstance(need, WideKeys):
@@ -216,6 +230,13 @@ def flow(q: Tensor, k: Tensor, v: Tensor, p: int) -> Tensor:
     relation, semantic = (x / x.sum(1, keepdim=True) for x in (relation, semantic))
     density = v.mean(1).abs().sum(-1)[:, p:]
     return torch.stack([relation, (relation + semantic) * density], -1)
+
+
+def guidance(q: Tensor, k: Tensor, v: Tensor, p: int) -> Tensor:
+    """``Guidance`` by its definition, of ``[B, H, S, d]`` each: ``[B, N]``."""
+    query = q[:, :, p - 1 : p] if p else q.mean(2, keepdim=True)
+    product = (k * query).sum((1, 3))
+    return (product / (k.square().sum((1, 3)) * query.square().sum((1, 3))).sqrt())[:, p:]
 
 
 # -- what tokens are made of ---------------------------------------------------------------------

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from tests.clip import ClipTokenizer, clip
+from tests.contracts.bank import NEEDS_MAPS
 from tests.families.oracles import gather_is_mask, inputs_of, keeps_all, model_of
 from vtprune import UnsupportedError
 from vtprune.eval import tiny
@@ -33,16 +34,19 @@ VARIANTS: dict[str, Variant] = {name: (name, {}) for name in keeping_names()}
 VARIANTS |= {
     "cdpruner by CLIP": ("cdpruner", {"text_encoder": text_encoder}),
     "dart compat": ("dart", {"compat": True}),
+    "evit without fusing": ("evit", {"fuse": False}),
     "flowcut compat": ("flowcut", {"compat": True}),
     "flowcut inside": ("flowcut", {"inside": True}),
     "flowcut outside": ("flowcut", {"inside": False}),
     "holov compat": ("holov", {"compat": True}),
     "hiprune plus": ("hiprune", {"plus": True}),
+    "pitome by states": ("pitome", {"metric": "states", "prop_attn": True}),
     "prumerge adaptive": ("prumerge", {"adaptive": True}),
     "prumerge_plus adaptive": ("prumerge_plus", {"adaptive": True}),
     "sparsevlm without recycling": ("sparsevlm", {"recycle": False}),
     "todre exit": ("todre", {"exit": True, "tau": 1.0}),
     "todre max_min": ("todre", {"objective": "max_min"}),
+    "tofu compat": ("tofu", {"compat": True}),
     "tome unweighted": ("tome", {"prop_attn": False}),
     "transprune without instruction": ("transprune", {"instruction": False}),
     "visiondrop mean": ("visiondrop", {"merge": "mean"}),
@@ -67,8 +71,12 @@ def given(family: str, variant: str) -> dict[str, Any]:
 def refusal(family: str, variant: str) -> Iterator[None]:
     """Asserts the error for a combination that cannot be right, and that there is none for others.
 
-    A tower that is no CLIP has no text tower of its own.
+    A tower that is no CLIP has no text tower of its own, and none gives whole attention maps.
     """
+    if VARIANTS[variant][0] in NEEDS_MAPS:
+        with pytest.raises(UnsupportedError, match="needs Maps"):
+            yield
+        return
     if "text_encoder" not in VARIANTS[variant][1] or family in CLIP:
         yield
         return

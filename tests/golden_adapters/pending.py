@@ -5,20 +5,12 @@ from __future__ import annotations
 _NO_STRATEGY = "no strategy of this name yet"
 
 PENDING: dict[str, str] = {
-    "ats": _NO_STRATEGY,
-    "crossget": _NO_STRATEGY,
-    "diffrate": _NO_STRATEGY,
     "dycoke": _NO_STRATEGY,
-    "evit": _NO_STRATEGY,
     "evs": _NO_STRATEGY,
     "fastvid": _NO_STRATEGY,
     "holitom": _NO_STRATEGY,
-    "mctf": _NO_STRATEGY,
     "mdi_aei": _NO_STRATEGY,
-    "pitome": _NO_STRATEGY,
     "psa": _NO_STRATEGY,
-    "sparsifiner": _NO_STRATEGY,
-    "tofu": _NO_STRATEGY,
     "var": _NO_STRATEGY,
     "vcast": _NO_STRATEGY,
     "vidcom2": _NO_STRATEGY,

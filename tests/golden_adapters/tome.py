@@ -11,14 +11,14 @@ from torch.nn.functional import conv2d, layer_norm, linear, one_hot
 from transformers import CLIPVisionConfig
 from transformers.models.clip.modeling_clip import CLIPEncoder
 
-import vtprune
+from tests.golden_adapters._merge import Merge, into_of, rows_of
 from tests.golden_harness import Output, Tensors
 from vtprune.engine import tap
 from vtprune.engine.blocks import Blocks
 from vtprune.engine.signals import Step
 from vtprune.engine.tower import Climb
 from vtprune.strategies.tome import ToMe
-from vtprune.types import Budget, Facts, Keys, Selection, Signals, TowerNeed
+from vtprune.types import Budget, Facts, Selection, Signals, TowerNeed
 
 EPS = 1e-6
 
@@ -26,40 +26,8 @@ EPS = 1e-6
 def from_golden(params: dict[str, Any], tensors: Tensors) -> dict[str, Output]:
     if "in.image" in tensors:
         return _vit(params, tensors)
-    x, p = tensors["in.x"], params["prefix_tokens"]
-    size = tensors["in.size"] if "in.size" in tensors else torch.ones(*x.shape[:2], 1)
-    signals = Signals(
-        x[:, p:],
-        values={Keys(0): tensors["in.k"].mean(1)[:, p:]},
-        n_prefix=p,
-        size=size[:, p:, 0],
-    )
-    selection = vtprune.select("tome", keep=signals.n - params["r_effective"], signals=signals)
-    prefix = torch.arange(p).expand(len(x), p)
-    keep = torch.cat([prefix, selection.rows + p], dim=1)
-    into = torch.cat([prefix, _into(selection) + p], dim=1)
-    recorded = tensors["out.order"].argsort(dim=1)
-    tokens = torch.cat([x[:, :p], selection.apply(signals.tokens)], dim=1)
-    sizes = torch.cat([size[:, :p, 0], selection.total(size[:, p:, 0])], dim=1)[..., None]
-    return {
-        "out.keep": keep,
-        "out.order": (keep, tensors["out.order"].sort(dim=1).values),
-        "out.owner": keep.gather(1, into),
-        "out.tokens": (tokens, _rows(tensors["out.tokens"], recorded)),
-        "out.size": (sizes, _rows(tensors["out.size"], recorded)),
-    }
-
-
-def _into(selection: Selection) -> Tensor:
-    """The output that each token goes into, ``[B, N]``."""
-    if selection.mix is None:
-        return selection.rows
-    place = torch.zeros_like(selection.mix.target)
-    return place.scatter_(1, selection.mix.source, selection.mix.target)
-
-
-def _rows(x: Tensor, index: Tensor) -> Tensor:
-    return x.gather(1, index[..., None].expand(-1, -1, x.shape[2]))
+    merge = Merge(tensors, params["prefix_tokens"])
+    return merge.run(ToMe(), merge.signals.n - params["r_effective"])
 
 
 def _vit(params: dict[str, Any], tensors: Tensors) -> dict[str, Output]:
@@ -79,7 +47,7 @@ def _vit(params: dict[str, Any], tensors: Tensors) -> dict[str, Output]:
     tiles = list(climb.tiles.values())
     into = torch.arange(states.shape[1] - 1).expand(len(states), -1)
     for selection in merges:
-        into = _into(selection).gather(1, into)
+        into = into_of(selection).gather(1, into)
     into = torch.cat([into.new_zeros(len(into), 1), into + 1], dim=1)
     source = one_hot(into, params["tokens_after"]).mT.to(torch.uint8)
     size = torch.stack([torch.cat([torch.ones(1), tile.sizes]) for tile in tiles])[..., None]
@@ -87,8 +55,8 @@ def _vit(params: dict[str, Any], tensors: Tensors) -> dict[str, Output]:
     return {
         "out.logits_unreduced": plain,
         "out.logits": _logits(state, torch.stack([tile.states for tile in tiles])),
-        "out.size": (_rows(size, ours), _rows(tensors["out.size"], recorded)),
-        "out.source": (_rows(source, ours), _rows(tensors["out.source"], recorded)),
+        "out.size": (rows_of(size, ours), rows_of(tensors["out.size"], recorded)),
+        "out.source": (rows_of(source, ours), rows_of(tensors["out.source"], recorded)),
     }
 
 

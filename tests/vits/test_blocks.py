@@ -305,6 +305,7 @@ def test_a_share_of_operations_is_met_by_the_counts_of_the_strategy() -> None:
         vtprune.wrap(build("vit"), Ragged(), reduce=0.3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", [Ahead(), Guest(added=0.5), Fusing()])
 @pytest.mark.parametrize("name", ["vit", "eva02_fused"])
 def test_all_of_it_compiles_to_one_graph(name: str, strategy: Strategy) -> None:

@@ -50,8 +50,18 @@ def test_a_copy_is_wrapped_by_itself() -> None:
     assert not torch.equal(answer(twin, x), reduced)
 
 
-@pytest.mark.parametrize("name", ["vit", "siglip_map", "dinov3", "rope_mixed", "open_clip"])
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize(
+    ("name", "backend"),
+    [
+        ("vit", "aot_eager"),
+        *(
+            pytest.param(name, backend, marks=pytest.mark.slow)
+            for name in ("vit", "siglip_map", "dinov3", "rope_mixed", "open_clip")
+            for backend in ("eager", "aot_eager")
+            if (name, backend) != ("vit", "aot_eager")
+        ),
+    ],
+)
 def test_static_schedules_compile_to_one_graph(name: str, backend: str) -> None:
     model = build(name)
     with wrap(model, "tome", reduce=8) as handle:

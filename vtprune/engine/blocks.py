@@ -56,7 +56,7 @@ class Tile:
 
     def keep(self, index: Tensor, chosen: Selection, n_prefix: int) -> None:
         """Leaves what ``chosen`` (batch 1) makes of the patches at ``index`` ``[m]``."""
-        left = index[chosen.rows[0]]
+        left = index[chosen.slots[0]]
         prefix, patches = self.states[:n_prefix], self.states[n_prefix:]
         self.states = torch.cat([prefix, chosen.apply(patches[index][None])[0]])
         self.sizes = chosen.counted(self.sizes[index][None])[0]

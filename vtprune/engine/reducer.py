@@ -187,6 +187,8 @@ class BlockReducer:
         if self.chosen is None:
             return images
         refuse_orphans(self.chosen, needs)
+        if self.climb is not None:
+            self.climb.refuse_orphans(needs)
         kept = []
         for item, owner in zip(items, self.owners, strict=True):
             kept.append(self._join(owner[item.free])[0])

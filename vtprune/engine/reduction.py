@@ -17,6 +17,7 @@ from vtprune.types import (
     Keys,
     Maps,
     Received,
+    TotalReceived,
     TowerNeed,
     ValueNorm,
     WideClsRow,
@@ -59,8 +60,18 @@ def reduced(
     if isinstance(need, (ClsRow, WideClsRow)):
         return attn_rows(q[:, :, :1], k, scale=scale)[:, n_prefix:]
     if isinstance(need, Received):
-        return attn_received(q, k, scale=scale)[:, n_prefix:]
+        times = q.shape[2] if isinstance(need, TotalReceived) else 1
+        return times * attn_received(q, k, scale=scale)[:, n_prefix:]
     raise HookError(f"The tap cannot read {need}.")
+
+
+def reduced_map(need: TowerNeed, map: Tensor, n_prefix: int) -> Tensor:
+    """Returns a quantity of attention where a rule says its ``map``, ``[B, H, S, S]`` float32."""
+    if isinstance(need, Maps):
+        return map
+    rows = map[:, :, 0] if isinstance(need, ClsRow) else map.mean(2)
+    times = map.shape[2] if isinstance(need, TotalReceived) else 1
+    return times * rows.mean(1)[:, n_prefix:]
 
 
 def maps(q: Tensor, k: Tensor, scale: float | None, added: Tensor | None) -> Tensor:

@@ -73,19 +73,30 @@ class TileReport:
     """One row of the vision tower, up to the block that yields the features.
 
     ``attended`` and ``passed`` have the tokens, [CLS] among them, that enter attention and MLP of
-    each block; without a stage they were ``tokens``. ``config`` is the tower's.
+    each block; without a stage they were ``tokens``. ``config`` is the tower's. ``shares`` has what
+    part of the attention in each block counts, where rules stand for it; empty = all of it.
     """
 
     tokens: int
     attended: tuple[int, ...]
     passed: tuple[int, ...]
     config: Any = field(default=None, repr=False, compare=False)
+    shares: tuple[float, ...] = ()
 
-    def cost(self) -> Cost:
-        """Returns its operations, by the published formulas."""
+    def cost(self, theoretical: bool = False) -> Cost:
+        """Returns its operations, by the published formulas.
+
+        Args:
+            theoretical: whether of attention only what counts does, as if a kernel left out the
+                rest; here it is computed.
+        """
         shape = replace(Shape.of(self.config), layers=len(self.attended))
         whole = [self.tokens] * shape.layers
-        return Cost(shape.prefill(self.attended, self.passed), shape.prefill(whole))
+        macs = shape.prefill(self.attended, self.passed)
+        if theoretical:
+            pairs = zip(self.attended, self.shares, strict=False)
+            macs -= sum((1 - share) * shape.attending(n) for n, share in pairs)
+        return Cost(macs, shape.prefill(whole))
 
 
 @dataclass(frozen=True)
@@ -170,13 +181,16 @@ class Report:
             total += Cost(shape.decode(entered, new), shape.decode(whole, new))
         return total
 
-    def tower(self) -> Cost:
+    def tower(self, theoretical: bool = False) -> Cost:
         """Returns the operations of the vision tower, up to the block that yields the features.
+
+        Args:
+            theoretical: whether of attention only what counts does, where rules stand for it.
 
         Raises:
             UnsupportedError: it is not known how its blocks are built.
         """
-        return sum((tile.cost() for tile in self.tiles), Cost(0, 0))
+        return sum((tile.cost(theoretical) for tile in self.tiles), Cost(0, 0))
 
     def _schedules(self, sample: int | None, text: bool) -> list[tuple[list[int], list[int]]]:
         """Per row the tokens that enter each layer, and those that would without a strategy."""
@@ -202,6 +216,12 @@ class Report:
                     f"  {name}: {found.flops / 1e9:.4g} of {2 * found.unpruned / 1e9:.4g} GFLOPs, "
                     f"{100 * found.share:.1f} %"
                 )
+        if any(tile.shares for tile in self.tiles):
+            cost = self.tower(theoretical=True)
+            lines.append(
+                f"  tower in theory, if attention were computed only where it counts: "
+                f"{cost.flops / 1e9:.4g} GFLOPs, {100 * cost.share:.1f} %"
+            )
         if self.cache is not None:
             held, unpruned = self.cache.held / 2**20, self.cache.unpruned / 2**20
             lines.append(f"  cache after the prefill: {held:.4g} of {unpruned:.4g} MiB")

@@ -183,11 +183,16 @@ def left_of(tiles: Sequence[Tensor | None], chosen: Sequence[Selection]) -> list
 
 def refuse_orphans(chosen: Sequence[Selection], later: Collection[TowerNeed]) -> None:
     """Raises UnsupportedError where a new row (a kept CLS) lacks a quantity that is read later."""
-    if later and any(s.mix is not None and bool((s.rows < 0).any()) for s in chosen):
+    if later and renews(chosen):
         raise UnsupportedError(
             "A strategy that makes new tokens cannot be followed by one that reads signals of the "
-            "tower. Put the latter first."
+            "tower from before. Put the latter first."
         )
+
+
+def renews(chosen: Sequence[Selection]) -> bool:
+    """Whether one of them makes a new row."""
+    return any(s.mix is not None and bool((s.rows < 0).any()) for s in chosen)
 
 
 def compose(first: Selection, second: Selection) -> Selection:

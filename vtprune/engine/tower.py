@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from vtprune.engine.blocks import Blocks, Tile
-from vtprune.engine.signals import Images, Step, decide
+from vtprune.engine.signals import Images, Step, decide, renews
 from vtprune.errors import UnsupportedError
-from vtprune.types import Budget, Inside, Selection
+from vtprune.types import Budget, Inside, Selection, TowerNeed
 from vtprune.vlm_adapters._base import square
 
 
@@ -26,6 +26,10 @@ class Climb:
         states: ``[tiles, prefix + N, C]`` that enter the block of the first.
         spots: per tile the patches that may be chosen; a tile with none leaves at once.
         budgets: of the other tiles; ``images``: which they are a part of.
+
+    Attributes:
+        renewed: last block in which new tokens were made, -1 = none. Of it and those before they
+            have no quantities.
     """
 
     def __init__(
@@ -37,7 +41,7 @@ class Climb:
         budgets: Mapping[int, Budget],
         images: Mapping[int, int],
     ) -> None:
-        self.blocks, self.spots, self.shape = blocks, spots, states.shape
+        self.blocks, self.spots, self.shape, self.renewed = blocks, spots, states.shape, -1
         self.layers = tuple(blocks.last if s.stage.layer is None else s.stage.layer for s in steps)
         patches = torch.arange(states.shape[1] - blocks.n_prefix, device=states.device)
         read = {
@@ -68,7 +72,8 @@ class Climb:
             if step is not None:
                 stage = self.layers.index(number)
                 inside = Inside(stage, self.layers, len(blocks.modules), entered)
-                _cut(step, tiles, inside, blocks.n_prefix)
+                if _cut(step, tiles, inside, blocks.n_prefix):
+                    self.renewed = number
                 proportional = step.stage.proportional
             if within:
                 blocks.advance(tiles, number, proportional, skip=blocks.attention)
@@ -86,6 +91,15 @@ class Climb:
             module: [n for n in needs if not self.layers[0] <= n.layer <= self.blocks.last]
             for module, needs in tap.wanted.items()
         }
+
+    def refuse_orphans(self, needs: Sequence[TowerNeed]) -> None:
+        """Raises UnsupportedError where new tokens lack a quantity that is read later."""
+        for need in needs:
+            if need.layer <= self.renewed:
+                raise UnsupportedError(
+                    f"{need} is of a block that runs before new tokens are made. Follow the "
+                    "strategy that makes them with one that does not read it, or put that first."
+                )
 
     def chosen(self) -> list[Selection]:
         """Returns per tile which of its ``spots`` are left (batch 1)."""
@@ -115,8 +129,8 @@ class Climb:
         return whole
 
 
-def _cut(step: Step, tiles: Sequence[Tile], inside: Inside, n_prefix: int) -> None:
-    """Leaves what the strategy chooses, and makes of it."""
+def _cut(step: Step, tiles: Sequence[Tile], inside: Inside, n_prefix: int) -> bool:
+    """Leaves what the strategy chooses, and makes of it; returns whether tokens are new."""
     spots = [tile.used.nonzero()[:, 0] for tile in tiles]
     both = list(zip(tiles, spots, strict=True))
     images = Images(
@@ -132,17 +146,17 @@ def _cut(step: Step, tiles: Sequence[Tile], inside: Inside, n_prefix: int) -> No
         sizes=[tile.sizes[spot] for tile, spot in both],
     )
     decided = decide(step, images)
-    _refuse_others(step, decided)
+    _refuse_prefix(step, decided)
     for (tile, spot), chosen in zip(both, decided, strict=True):
         if not chosen.is_identity:
             tile.keep(spot, chosen, n_prefix)
+    return renews(decided)
 
 
-def _refuse_others(step: Step, decided: Sequence[Selection]) -> None:
-    """Raises UnsupportedError where an output is made of prefix tokens, or has no patch's place."""
-    if any(s.mix is not None and (s.n_prefix or bool((s.rows < 0).any())) for s in decided):
+def _refuse_prefix(step: Step, decided: Sequence[Selection]) -> None:
+    """Raises UnsupportedError where an output is made of prefix tokens."""
+    if any(s.n_prefix for s in decided):
         raise UnsupportedError(
-            f"{step.strategy.name} makes tokens of [CLS], or new ones, between the blocks of the "
-            "tower, where patches can only leave or merge into others. Let that stage act on the "
-            "block that yields the features."
+            f"{step.strategy.name} makes tokens of [CLS] between the blocks of the tower, which "
+            "still need it. Let that stage act on the block that yields the features."
         )

@@ -15,13 +15,27 @@ import torch
 from torch import Tensor
 from torch.nn.functional import dropout, scaled_dot_product_attention
 
-from vtprune.engine.reduction import maps, reduced
+from vtprune.attending import Attended, Attending
+from vtprune.engine.reduction import maps, reduced, reduced_map
 from vtprune.engine.vit_choice import choose
 from vtprune.engine.vit_plan import Plan
 from vtprune.engine.vit_state import State, added, left_of
 from vtprune.errors import UnsupportedError
 from vtprune.kernels.gather_tokens import gather_tokens
-from vtprune.types import Keys, Mix, Patches, Selection, Signals, Stage, TowerNeed, WideKeys
+from vtprune.types import (
+    ClsRow,
+    Keys,
+    Left,
+    Maps,
+    Mix,
+    Patches,
+    Received,
+    Selection,
+    Signals,
+    Stage,
+    TowerNeed,
+    WideKeys,
+)
 from vtprune.vit_adapters._base import ViTAdapter
 from vtprune.vlm_adapters._base import square
 
@@ -32,7 +46,8 @@ class Passage:
     Attributes:
         entering: the state that enters each block, and after those the one that leaves the last.
         tokens: of the last batch images and patches.
-        counted: per block the tokens, prefix included, that entered attention and MLP.
+        counted: per block the tokens, prefix included, that entered attention and MLP; shares:
+            what part of the attention among them counts, by its rule.
         whole: whether blocks give each patch what the token that it is in has become.
     """
 
@@ -40,7 +55,7 @@ class Passage:
         self.adapter, self.plan = adapter, plan
         depth = len(adapter.blocks)
         self.entering = [State()] * (depth + 1)
-        self.counted = [(0, 0)] * depth
+        self.counted, self.shares = [(0, 0)] * depth, [1.0] * depth
         self.batch = self.patches = 0
         self.whole = self._was_whole = False
         self._guests = plan.strategy.guests(adapter.facts)
@@ -89,6 +104,8 @@ class Passage:
         """Whether a block may run as it is: nothing has left, nothing leaves, nothing is read."""
         if state.index is not None or self._guests is not None or self._reads(layer):
             return False
+        if self.plan.rule(layer) is not None:
+            return False
         return not self._acts(layer, x)
 
     def _reads(self, layer: int) -> list[TowerNeed]:
@@ -116,9 +133,12 @@ class Passage:
             rope = left_of(rope, state.index)
             q, k = (self._turn(attention, part, rope) for part in (q, k))
         bias = added(state, q)
-        state = self._read(layer, state, q, content, k, v, bias)
+        ruled, state = self._by_rule(layer, normed, q, k, v, bias, state)
+        state = self._read(layer, state, q, content, k, v, bias, ruled and ruled.map)
         dropped = adapter.dropout(attention) if block.training else 0.0
-        if stage and stage.ahead:
+        if ruled is not None:
+            out = dropout(ruled.out, dropped)
+        elif stage and stage.ahead:
             weights = maps(q, k, None, bias)
             x, state, chosen = self._cut(layer, stage, x, state)
             weights = merged(weights, chosen, self._prefix)
@@ -129,6 +149,26 @@ class Passage:
             out = scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropped)
         x = x + adapter.attended(block, out.transpose(1, 2).flatten(2), normed)
         return self._cut(layer, stage, x, state)[:2] if stage and stage.before_mlp else (x, state)
+
+    def _by_rule(
+        self,
+        layer: int,
+        x: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        bias: Tensor | None,
+        state: State,
+    ) -> tuple[Attended | None, State]:
+        """Returns what a rule makes of a block's attention, None where there is none."""
+        rule = self.plan.rule(layer)
+        if rule is None:
+            return None, state
+        left = (state.tokens, state.rows)
+        made = rule.attend(Attending(layer, self._prefix, q, k, v, x, bias, *left))
+        self.shares[layer] = made.share
+        tokens, rows = {**state.tokens, **made.tokens}, {**state.rows, **made.rows}
+        return made, replace(state, tokens=tokens, rows=rows)
 
     def _turn(self, attention: Any, x: Tensor, rope: Tensor) -> Tensor:
         """Applies a rotary embedding, of which a strategy's token has none."""
@@ -148,11 +188,16 @@ class Passage:
         k: Tensor,
         v: Tensor,
         bias: Tensor | None,
+        map: Tensor | None,
     ) -> State:
         """Reads what is wanted of this block; keys without a rotary embedding."""
         read = []
         for need in self._reads(layer):
-            if not isinstance(need, Patches):
+            if isinstance(need, Left):
+                read.append((need, state.tokens[need.name][:, self._prefix :]))
+            elif map is not None and isinstance(need, (ClsRow, Maps, Received)):
+                read.append((need, reduced_map(need, map, self._prefix)))
+            elif not isinstance(need, Patches):
                 keys = content if isinstance(need, (Keys, WideKeys)) else k
                 read.append((need, reduced(need, q, keys, v, self._prefix, None, bias)))
         return replace(state, values=(*state.values, *read))
@@ -206,7 +251,8 @@ class Passage:
     # -- what comes after the blocks -----------------------------------------------------------
 
     def weigh(self, x: Tensor) -> Tensor:
-        """Returns the states, scaled so that their mean counts every patch."""
+        """Returns the states, scaled so that their mean counts every patch as it is to."""
+        x = self._of_rules(x)
         factors = self._factors(x.shape[1])
         if factors is None:
             return x
@@ -215,6 +261,19 @@ class Passage:
         share = part * (part.shape[1] / part.sum(1, keepdim=True))
         factors = torch.cat([factors[:, :first], share], dim=1)
         return x * factors[..., None].to(x.dtype)
+
+    def _of_rules(self, x: Tensor) -> Tensor:
+        """Returns the states times what the last rule leaves for that."""
+        rule, state = self.plan.rule(len(self.counted) - 1), self.entering[-1]
+        if rule is None or rule.pooled is None:
+            return x
+        p = self.adapter.n_prefix
+        left = state.tokens[rule.pooled]
+        weight = torch.cat([left[:, :p], left[:, self._prefix :]], dim=1)
+        if self._was_whole and state.owner is not None:
+            spread = gather_tokens(state.owner, weight[:, p:])[0]
+            weight = torch.cat([weight[:, :p], spread], dim=1)
+        return x * weight[..., None].to(x.dtype)
 
     def bias(self, length: int) -> Tensor | None:
         """Returns what keys of ``length`` tokens get added, ``[B, length]`` float32, or None."""

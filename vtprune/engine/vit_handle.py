@@ -71,7 +71,8 @@ class ViTHandle:
         if not n:
             return Report(repr(plan.strategy), tuple(plan.stages))
         attended, passed = zip(*passage.counted, strict=True)
-        tile = TileReport(n + self.adapter.n_prefix, attended, passed, self.adapter.shape)
+        shares = tuple(passage.shares) if any(s.attend for s in plan.stages.values()) else ()
+        tile = TileReport(n + self.adapter.n_prefix, attended, passed, self.adapter.shape, shares)
         left = enumerate(passage.left)
         images = [ImageReport(row, n, count, asked > n) for row, count in left]
         return Report(

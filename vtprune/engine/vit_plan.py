@@ -11,6 +11,7 @@ import torch
 
 from vtprune.errors import ConfigError, InputError, UnsupportedError
 from vtprune.types import (
+    AttentionRule,
     Budget,
     Facts,
     Inside,
@@ -50,6 +51,11 @@ class Plan:
     def stage(self, layer: int) -> Stage | None:
         """Returns what happens in a block."""
         return self.stages.get(layer)
+
+    def rule(self, layer: int) -> AttentionRule | None:
+        """Returns what stands for the attention of a block, whatever leaves in it."""
+        stage = self.stages.get(layer)
+        return None if stage is None else stage.attend
 
     def reads(self, layer: int, entered: int) -> list[TowerNeed]:
         """Returns what is read of a block, each once, for stages where something may leave."""
@@ -118,11 +124,18 @@ def plan(
         UnsupportedError: a strategy that needs what a ViT alone has not.
     """
     facts = adapter.facts
-    if strategy.kind in ("compute", "exit"):
+    if strategy.kind == "exit" or (strategy.kind == "compute" and strategy.acts_inside):
         raise UnsupportedError(
             f"{strategy.name} acts inside a language model; {facts.family} has none. Use a "
             "strategy that acts on patches, such as 'tome'."
         )
+    if strategy.kind == "compute":
+        if keep is not None or reduce is not None:
+            raise ConfigError(
+                f"keep={keep}, reduce={reduce}: no token leaves because of {strategy.name}, so it "
+                "takes neither; its options say how much is computed."
+            )
+        keep = 1.0
     if (keep is None) == (reduce is None):
         given = "neither" if keep is None else "both"
         raise ConfigError(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -27,6 +28,8 @@ class State:
         padded: whether rows have been filled up.
         values: quantities of earlier blocks, ``[B, n, ...]``.
         guests: ``[B, g, C]`` tokens that a strategy adds between prefix and patches.
+        tokens: by name what rules of attention left with each token, ``[B, S, ...]``, the prefix
+            first; rows: with each image, ``[B, ...]``.
     """
 
     index: Tensor | None = None
@@ -36,6 +39,8 @@ class State:
     padded: bool = False
     values: tuple[tuple[TowerNeed, Tensor], ...] = ()
     guests: Tensor | None = None
+    tokens: Mapping[str, Tensor] = field(default_factory=dict)
+    rows: Mapping[str, Tensor] = field(default_factory=dict)
 
     def after(self, chosen: Selection, proportional: bool, padded: bool = False) -> State:
         """Returns the state after a selection among the tokens."""
@@ -54,6 +59,8 @@ class State:
             self.padded or padded,
             tuple((need, gather_tokens(rows, value)[0]) for need, value in self.lasting),
             self.guests,
+            {name: _follow(rows, left, chosen.n) for name, left in self.tokens.items()},
+            self.rows,
         )
 
     @property
@@ -76,6 +83,12 @@ class State:
     def lengths(self) -> list[int] | None:
         """Returns per image how many tokens do not only fill its row up; None = all."""
         return (self.sizes > 0).sum(1).tolist() if self.padded and self.sizes is not None else None
+
+
+def _follow(rows: Tensor, left: Tensor, n: int) -> Tensor:
+    """Returns what was left with tokens for the prefix and those of ``n`` that stay."""
+    p = left.shape[1] - n
+    return torch.cat([left[:, :p], gather_tokens(rows, left[:, p:])[0]], dim=1)
 
 
 def _into(chosen: Selection) -> Tensor:

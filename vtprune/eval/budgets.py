@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from vtprune.errors import ConfigError
 from vtprune.registry import build, strategy_names
@@ -12,13 +13,19 @@ from vtprune.registry import spell as spell_strategy
 from vtprune.types import Budget
 
 UNPRUNED, BLIND = "unpruned", "blind"
+REDUCE = "reduce="  # begins budgets of what leaves
 STRATEGIES = ("random", "strided", "fastervlm", "vtc_cls", "divprune", "visionzip", "fastv")
+VIT_STRATEGIES = ("random", "strided", "fastervlm", "tome")
 BUDGETS = ("100%", "50%", "25%", "12.5%", "6.25%")
 
 
 @dataclass(frozen=True)
 class Point:
-    """One strategy at one budget; ``budget`` is text as ``spell`` writes it."""
+    """One strategy at one budget.
+
+    ``budget`` is text as ``spell`` writes it, or ``reduce=8``, ``reduce=0.5`` as ``parse_reduce``
+    reads what comes after the sign.
+    """
 
     strategy: str
     budget: str
@@ -53,6 +60,36 @@ def parse_keep(text: str) -> int | float:
     except ConfigError as error:
         raise ConfigError(f"Budget {text!r}: {error}") from None
     return keep
+
+
+def parse_reduce(text: str) -> int | float:
+    """Returns what leaves a ViT: tokens per block (int), or the share of FLOPs saved (float).
+
+    A whole number is tokens, a number with a point or a per cent sign is a share.
+
+    Raises:
+        ConfigError: the text is none of these, or out of range.
+    """
+    clean, share = text.strip(), None
+    if re.fullmatch(r"\d+", clean):
+        return int(clean)
+    if re.fullmatch(r"\d*\.?\d+\s*%", clean):
+        share = float(clean.rstrip("% ")) / 100
+    elif re.fullmatch(r"\d*\.\d+", clean):
+        share = float(clean)
+    if share is None or not 0 < share < 1:
+        raise ConfigError(
+            f"--reduce {text!r} is not understood. Give tokens that leave in every block, such as "
+            "8, or the share of FLOPs that is saved, such as 0.5 or 50%."
+        )
+    return share
+
+
+def parse_budget(text: str) -> dict[str, Any]:
+    """Returns the arguments of ``wrap`` that a point's budget means."""
+    if text.startswith(REDUCE):
+        return {"reduce": parse_reduce(text.removeprefix(REDUCE))}
+    return {"keep": parse_keep(text)}
 
 
 def spell(keep: int | float) -> str:
@@ -91,8 +128,16 @@ def check_strategies(names: Sequence[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(map(spell_strategy, wanted)))
 
 
-def points(strategies: Sequence[str], budgets: Sequence[str]) -> list[Point]:
-    """Returns ceiling, floor, and each strategy at each budget below 100 %.
+def points(
+    strategies: Sequence[str],
+    budgets: Sequence[str],
+    reduces: Sequence[str] = (),
+    *,
+    blind: bool = True,
+) -> list[Point]:
+    """Returns ceiling, floor (if ``blind``), and each strategy at each budget below 100 %.
+
+    ``reduces`` are further budgets, of what leaves a ViT.
 
     Keeping everything is the unpruned model, so the ceiling is every strategy's 100 % point. One
     from which no token leaves, but which computes less, has a 100 % point of its own and no other.
@@ -100,11 +145,12 @@ def points(strategies: Sequence[str], budgets: Sequence[str]) -> list[Point]:
     Raises:
         ConfigError: an unknown strategy, a bad budget, or none.
     """
-    if not budgets:
+    if not budgets and not reduces:
         raise ConfigError(f"No budget was given. Give some, such as {','.join(BUDGETS)}.")
     spelled = dict.fromkeys(spell(parse_keep(text)) for text in budgets)
     below = [text for text in spelled if text != "100%"]
-    found = [CEILING, FLOOR]
+    below += [f"{REDUCE}{number}" for number in dict.fromkeys(map(parse_reduce, reduces))]
+    found = [CEILING, FLOOR] if blind else [CEILING]
     for name in check_strategies(strategies):
         computes = build(name).kind == "compute"
         found += [Point(name, budget) for budget in (["100%"] if computes else below)]

@@ -26,11 +26,15 @@ from vtprune.eval import scenes as making
 from vtprune.eval import show as showing
 from vtprune.eval import train_gates as gating
 from vtprune.eval import train_saisa as projecting
-from vtprune.eval.budgets import BUDGETS, STRATEGIES, Point, parse_keep, points, split
+from vtprune.eval import train_vits as in_vits
+from vtprune.eval.asked import asked
+from vtprune.eval.budgets import BUDGETS, STRATEGIES, Point, parse_keep, split
 from vtprune.eval.export import write_parquet
 from vtprune.eval.output import progress_bar, write_output
 from vtprune.eval.results import Folder, check_folder, write_whole
+from vtprune.eval.samples_vit import VIT_TASKS
 from vtprune.eval.sweep import Sweep, settings_of
+from vtprune.eval.sweep_vit import SWEEPS
 from vtprune.registry import build, family_notes, strategy_class, strategy_names
 
 
@@ -80,7 +84,10 @@ def sweep(
     keep: Annotated[
         str, typer.Option(help="Budgets with commas: 64 is tokens; 0.25 or 25% is a share.")
     ] = ",".join(BUDGETS),
-    task: Annotated[str, typer.Option(help="Names with commas; see list.")] = samples.DEFAULT,
+    reduce: Annotated[
+        str, typer.Option(help="Of ViTs, with commas: 8 leave per block; 0.5 of the FLOPs saved.")
+    ] = "",
+    task: Annotated[str, typer.Option(help="Names with commas; see list. By model.")] = "",
     limit: Annotated[int, typer.Option(min=1, help="Samples per task.")] = 300,
     batch_size: Annotated[int, typer.Option(min=1, help="Samples per batch.")] = 16,
     out: Annotated[Path, typer.Option(help="Folder for the results; resumed.")] = Path("sweep"),
@@ -95,28 +102,31 @@ def sweep(
 ) -> None:
     """Accuracy against token budget on held-out samples: table, plot and files."""
     console = Console()
-    chosen: Sequence[Point] = points(split(strategy), split(keep))
-    tasks = samples.find_tasks(split(task))
+    options = {name: str(ctx.params[name]) for name in ("strategy", "keep", "reduce", "hint")}
+    vit = shipped.vit(model)
+    wanted = asked(vit, options | {"task": task}, given_of(ctx))
+    ctx.params |= wanted.options
+    chosen: Sequence[Point] = wanted.points
     check_folder(out)
-    folder, stopped = None, None
-    total = limit * len(chosen) * len(tasks)
+    folder, stopped, gflops = None, None, None
+    n_tasks = len(wanted.tasks)
+    total = limit * len(chosen) * n_tasks
     try:
         loaded, processor = shipped.load(model, device, dtype)
-        names = ",".join(task.name for task in tasks)
-        name = model.rstrip("/") or model
         settings = settings_of(
             loaded,
             processor,
-            name,
-            task=names,
+            model.rstrip("/") or model,
+            task=",".join(found.name for found in wanted.tasks),
             limit=limit,
             batch_size=batch_size,
             seed=seed,
             hint=hint,
         )
-        everything = "all" in split(strategy)
-        run = Sweep(loaded, processor, chosen, settings, lenient=everything)
-        chosen, total = run.points, limit * len(run.points) * len(tasks)
+        everything = "all" in split(wanted.options["strategy"])
+        sweeping = SWEEPS[vit] if vit else Sweep
+        run = sweeping(loaded, processor, chosen, settings, lenient=everything)
+        chosen, gflops, total = run.points, run.gflops, limit * len(run.points) * n_tasks
         folder = Folder(out, settings)
         for note in [*run.refused.values(), *folder.damage]:
             console.print(f"[yellow]{escape(note)}[/yellow]", soft_wrap=True)
@@ -134,7 +144,7 @@ def sweep(
         message = f"{stopped}; {done} of {total} answers are in {out}. This resumes:"
         console.print(Text(f"{message}\n{command(ctx)}"), soft_wrap=True)
     if folder is not None:
-        write_output(folder, chosen, console)
+        write_output(folder, chosen, console, gflops)
         folder.close()
     if stopped:
         raise typer.Exit(130)
@@ -143,22 +153,23 @@ def sweep(
 @app.command()
 def show(
     image: Annotated[Path | None, typer.Argument(help="Image file; without it a scene.")] = None,
-    scene: Annotated[int, typer.Option(min=0, help="Number of a held-out scene.")] = 0,
-    question: Annotated[str | None, typer.Option(help="What to ask.")] = None,
+    scene: Annotated[int, typer.Option(min=0, help="Number of a held-out scene, or picture.")] = 0,
+    question: Annotated[str | None, typer.Option(help="What to ask; mini-clip: a caption.")] = None,
     strategy: Annotated[str, typer.Option(help="One strategy.")] = showing.STRATEGY,
     keep: Annotated[str, typer.Option(help="64 is tokens; 0.25 or 25% is a share.")] = "25%",
     out: Annotated[Path, typer.Option(help="Picture to write.")] = Path("kept.png"),
     model: Model = shipped.DEFAULT,
 ) -> None:
-    """Answer a question about one image, and draw the patches that were kept."""
+    """Answer a question about one image, and draw the patches that were kept or merged."""
     if build(strategy).kind == "compute":
         raise ConfigError(f"{strategy} keeps all visual tokens, so there is nothing to draw.")
     budget = parse_keep(keep)
-    picture, asked = showing.what_to_show(image, scene, question)
+    picture, asked = showing.what_to_show(image, scene, question, shipped.vit(model))
     shown = showing.show(picture, asked, strategy, budget, out, model)
     console = Console(highlight=False, soft_wrap=True)
+    asked_first = f"{escape(shown.question)} " if shown.question else ""
     console.print(
-        f"{escape(shown.question)} [bold]{escape(shown.answer or showing.NOTHING)}[/bold] "
+        f"{asked_first}[bold]{escape(shown.answer or showing.NOTHING)}[/bold] "
         f"({strategy}, {shown.kept} of {shown.tokens} visual tokens; "
         f"unpruned: {escape(shown.unpruned or showing.NOTHING)})"
     )
@@ -215,15 +226,29 @@ def calibrate(
 
 @app.command()
 def train(
-    strategy: Annotated[str, typer.Argument(help="dyvte: its gates; saisa: its projectors.")],
+    strategy: Annotated[
+        str,
+        typer.Argument(
+            help="dyvte: its gates; saisa: its projectors; sparsifiner, dynamicvit, crossget: what "
+            "they add to a ViT; dependencyvit: a ViT of its own."
+        ),
+    ],
     model: Model = shipped.DEFAULT,
     samples: Annotated[
         int | None,
-        typer.Option(min=8, help="Scenes: 512, of which a quarter calibrates; of saisa 12000."),
+        typer.Option(
+            min=8,
+            help="Scenes: 512, of which a quarter calibrates; of saisa 12000; of the strategies "
+            "for ViTs pictures, "
+            f"{', '.join(f'{n} of {name}' for name, n in in_vits.PICTURES.items())}.",
+        ),
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="File to write: gates or projectors.safetensors; resumed beside it."),
+        typer.Option(
+            help="File to write, by default .safetensors named by what it holds, or the folder of "
+            "dependencyvit; resumed beside it."
+        ),
     ] = None,
     form: Annotated[
         str | None, typer.Option(help="Gates: shared (a small one, the default) or per_layer.")
@@ -233,12 +258,19 @@ def train(
     dtype: Annotated[str, typer.Option(help=f"One of {', '.join(shipped.DTYPES)}.")] = "float32",
 ) -> None:
     """Train what a strategy asks of a model, from answers that the model gives itself."""
-    if strategy not in ("dyvte", "saisa"):
+    known = ("dyvte", "saisa", *in_vits.PICTURES)
+    if strategy not in known:
         strategy_class(strategy)
-        raise ConfigError(f"{strategy} has nothing to train; only 'dyvte' and 'saisa' do.")
+        raise ConfigError(f"{strategy} has nothing to train; only {', '.join(known)} do.")
     gates = strategy == "dyvte"
     if form is not None and not gates:
         raise ConfigError(f"--form {form} is of the gates of dyvte; leave it out for {strategy}.")
+    if strategy in in_vits.PICTURES:
+        out = out or Path(in_vits.OUT[strategy])
+        in_vits.train_vit(strategy, model, out, samples=samples, seed=seed, device=device)
+        use = f"wrap(model, '{strategy}', {in_vits.USE[strategy]})"
+        typer.echo(f"Written: {out}; {use}.")
+        return
     out = out or Path("gates.safetensors" if gates else "projectors.safetensors")
     number = samples or (512 if gates else 12000)
     console = Console(highlight=False, soft_wrap=True)
@@ -265,6 +297,7 @@ def list_() -> None:
     models = {name: shipped.describe(name) for name in shipped.names()}
     families = {name: f"{cls.takes}; {note}" for name, (cls, note) in family_notes().items()}
     tasks = {task.name: task.what for task in samples.TASKS.values()}
+    tasks |= {t.name: f"{vit}: {t.what}" for vit in VIT_TASKS for t in VIT_TASKS[vit].values()}
     sections = {"strategies": strategies, "models": models | families, "tasks": tasks}
     width = max(len(name) for section in sections.values() for name in section)
     for title, section in sections.items():
@@ -294,6 +327,15 @@ def doctor() -> None:
 def count(folder: Folder, chosen: Sequence[Point]) -> int:
     """Returns how many answers of these points the folder holds."""
     return sum(row.point in chosen for row in folder.answers.rows)
+
+
+def given_of(ctx: typer.Context) -> set[str]:
+    """Returns the names of the options that the user gave."""
+    return {
+        name
+        for name in ctx.params
+        if (source := ctx.get_parameter_source(name)) and source.name != "DEFAULT"
+    }
 
 
 def command(ctx: typer.Context) -> str:

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from vtprune.engine.plan import wrap
-from vtprune.errors import ConfigError
+from vtprune.errors import ConfigError, UnsupportedError
 from vtprune.eval import tiny
 from vtprune.registry import build, strategy_class, strategy_names
 from vtprune.types import Facts, Joint, Need, Quantity, Site, Stage, Strategy
@@ -72,7 +72,7 @@ def _tokens(name: str) -> str:
     whole = {"compute": "all stay", "exit": "all or none pruned"}
     if strategy_class(name).kind in whole:
         return whole[strategy_class(name).kind]
-    return "merged" if merges(name) else "pruned"
+    return "merged" if not strategy_class(name).trained and merges(name) else "pruned"
 
 
 def _rank(name: str) -> tuple[bool, int, bool, str]:
@@ -138,7 +138,11 @@ def merges(name: str) -> bool:
     merging would leave no trace in the selections.
     """
     (model, processor), inputs = _tiny()
-    with wrap(model, name, keep=0.5, processor=processor) as handle:
+    try:
+        handle = wrap(model, name, keep=0.5, processor=processor)
+    except UnsupportedError:  # it acts in a ViT by itself alone
+        return False
+    with handle:
         model(**inputs)
         inside = any(stage.merged for stage in handle.report().stages)
         return inside or any(selection.mix is not None for selection in handle.selections)

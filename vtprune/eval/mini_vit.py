@@ -7,7 +7,7 @@ timm, which comes with the extra ``vit``.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from vtprune.eval._extras import need
 from vtprune.eval.scene_objects import CLASSES, SIDE, Picture, make_picture
 from vtprune.eval.train_data import scale
 
+NAME = "mini-vit"
 ARCHITECTURE = "vit_tiny_patch16_224"  # timm's name for what ``ARGS`` alter
 PATCH = 8
 GRID = SIDE // PATCH
@@ -85,16 +86,31 @@ def load(folder: Path) -> Any:
         ConfigError: a file is missing or damaged, or the weights do not fit the configuration.
         ImportError: timm is not installed.
     """
-    missing = [name for name in FILES if not (folder / name).is_file()]
+    model = load_with(
+        folder, FILES, lambda config: _create(config["architecture"], config["model_args"])
+    )
+    model.pretrained_cfg |= {"source": "local-dir", "file": str(folder)}  # as timm notes it
+    return model
+
+
+def load_with(folder: Path, files: Sequence[str], create: Callable[[Any], Any]) -> Any:
+    """Returns the model that ``create`` makes of a configuration, with its weights.
+
+    Args:
+        files: the names of configuration and weights in ``folder``.
+
+    Raises:
+        ConfigError: a file is missing or damaged, or the weights do not fit the configuration.
+    """
+    missing = [name for name in files if not (folder / name).is_file()]
     if missing:
         raise ConfigError(
             f"The model directory {folder} lacks {', '.join(missing)}. Save the model again, or "
             "choose another."
         )
     try:
-        config = json.loads((folder / FILES[0]).read_text(encoding="utf-8"))
-        model = _create(config["architecture"], config["model_args"])
-        model.load_state_dict(load_file(folder / FILES[1]))
+        model = create(json.loads((folder / files[0]).read_text(encoding="utf-8")))
+        model.load_state_dict(load_file(folder / files[1]))
     except ImportError:
         raise
     except Exception as error:  # damaged files make timm and safetensors raise anything

@@ -40,17 +40,23 @@ def summaries_of(folder: Folder, first: Sequence[Point]) -> dict[str, list[Summa
     return found
 
 
-def write_output(folder: Folder, points: Sequence[Point], console: Console) -> None:
-    """Writes ``summary.json``, ``table.md`` and a plot per task, and prints the tables."""
+def write_output(
+    folder: Folder, points: Sequence[Point], console: Console, gflops: float | None = None
+) -> None:
+    """Writes ``summary.json``, ``table.md`` and a plot per task, and prints the tables.
+
+    Args:
+        gflops: of the unpruned tower, where a ViT was measured.
+    """
     found = summaries_of(folder, points)
     rows = [{"task": task, **asdict(one)} for task, several in found.items() for one in several]
     titles = {task: f"{folder.settings.model}, {task}" for task in found}
-    tables = [markdown(several, titles[task]) for task, several in found.items()]
+    tables = [markdown(several, titles[task], gflops) for task, several in found.items()]
     write_whole(folder.path / "summary.json", json.dumps(rows, indent=2) + "\n")
     write_whole(folder.path / "table.md", "\n".join(tables))
     for task, several in found.items():
         one_task = len(split(folder.settings.task)) == 1
         picture = "accuracy.png" if one_task else f"accuracy-{task}.png"
-        plot(several, folder.path / picture, titles[task])
-        console.print(rich_table(several, titles[task]))
+        plot(several, folder.path / picture, titles[task], gflops)
+        console.print(rich_table(several, titles[task], gflops))
     console.print(f"Files: {escape(str(folder.path))}", soft_wrap=True)

@@ -1,4 +1,7 @@
-"""The curves of a sweep: accuracy against visual tokens, and against the prefill's FLOPs."""
+"""The curves of a sweep: accuracy against visual tokens and the prefill's FLOPs.
+
+Of a ViT it is what is right against the tower's GFLOPs, and against images per second.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,14 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, Locator, LogLocator, NullLocator
+from matplotlib.ticker import (
+    FixedLocator,
+    FuncFormatter,
+    Locator,
+    LogLocator,
+    MaxNLocator,
+    NullLocator,
+)
 
 from vtprune.eval.budgets import BLIND, UNPRUNED
 from vtprune.eval.stats import Summary
@@ -40,12 +50,13 @@ PREFILL = Scale(
 )
 
 
-def plot(summaries: Sequence[Summary], path: Path, title: str) -> None:
+def plot(summaries: Sequence[Summary], path: Path, title: str, gflops: float | None = None) -> None:
     """Writes the figure to ``path``: one line per strategy, 95 % intervals, ceiling and floor.
 
-    Accuracy against tokens, and, where they are known, against FLOPs beside it.
+    Accuracy against tokens, and, where they are known, against FLOPs beside it; of a ViT, whose
+    tower takes ``gflops`` unpruned, against these and images per second.
     """
-    scales = [TOKENS] if any(s.flops is None for s in summaries) else [TOKENS, PREFILL]
+    scales = _scales(summaries, gflops)
     figure = Figure(figsize=(3 + 5 * len(scales), 5), dpi=150, layout="constrained")
     every = figure.subplots(1, len(scales), sharey=True, squeeze=False)[0]
     for axes, scale in zip(every, scales, strict=True):
@@ -55,6 +66,16 @@ def plot(summaries: Sequence[Summary], path: Path, title: str) -> None:
     every[-1].legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False)
     figure.suptitle(title, parse_math=False)
     figure.savefig(path)
+
+
+def _scales(summaries: Sequence[Summary], gflops: float | None) -> list[Scale]:
+    counted = all(s.flops is not None for s in summaries)
+    if gflops is None:
+        return [TOKENS, PREFILL] if counted else [TOKENS]
+    ticks = MaxNLocator(6)
+    work = Scale("GFLOPs of the blocks per image", lambda s: gflops * (s.flops or 0), ticks)
+    pace = Scale("images per s", lambda s: 1000 / (s.ms or 1), ticks)
+    return [work, pace] if all(s.ms for s in summaries) else [work]
 
 
 def _panel(axes: Axes, summaries: Sequence[Summary], scale: Scale) -> None:

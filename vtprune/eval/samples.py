@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -80,18 +80,18 @@ _ALL = (
 TASKS = {task.name: task for task in _ALL}
 
 
-def find_tasks(names: Sequence[str]) -> list[Task]:
-    """Returns the tasks of these names.
+def find_tasks(names: Sequence[str], known: Mapping[str, Task] = TASKS) -> list[Task]:
+    """Returns the tasks of these names, of those that are ``known``.
 
     Raises:
         ConfigError: no name, or an unknown one.
     """
     if not names:
-        raise ConfigError(f"No task was given. Known: {', '.join(TASKS)}.")
+        raise ConfigError(f"No task was given. Known: {', '.join(known)}.")
     for name in names:
-        if name not in TASKS:
-            raise unknown("task", name, TASKS)
-    return [TASKS[name] for name in names]
+        if name not in known:
+            raise unknown("task", name, known)
+    return [known[name] for name in names]
 
 
 class Asker:

@@ -1,4 +1,8 @@
-"""Loads a model with its processor: one shipped with this package, a directory, or a hub id."""
+"""Loads a model with its processor: one shipped with this package, a directory, or a hub id.
+
+Shipped are vision-language models and ViTs; these have in place of a processor what makes inputs
+of pictures, and of captions (``shipped_vit.Inputs``).
+"""
 
 from __future__ import annotations
 
@@ -11,9 +15,11 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
+from torch import nn
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from vtprune.errors import ConfigError
+from vtprune.eval.shipped_vit import Inputs, kind_of, load_vit
 from vtprune.registry import unknown
 
 MODELS = Path(__file__).parent / "models"
@@ -21,7 +27,7 @@ DEFAULT = "mini-llava"
 SUMS = "SHA256SUMS"  # written with sha256sum, checked on every load
 UNSUMMED = {SUMS, "README.md", "training_log.jsonl"}
 DTYPES = ("float32", "bfloat16", "float16", "auto")
-# What a directory must hold: one file of each row.
+# What the directory of a vision-language model must hold: one file of each row.
 PARTS = (
     ("config.json",),
     ("model.safetensors", "model.safetensors.index.json"),
@@ -35,10 +41,24 @@ def names() -> list[str]:
     return sorted({DEFAULT, *(path.name for path in MODELS.glob("*/"))})
 
 
-def load(
-    name: str = DEFAULT, device: str = "cpu", dtype: str = "float32"
-) -> tuple[PreTrainedModel, Any]:
-    """Returns the model in evaluation mode, and its processor.
+def vlm_names() -> list[str]:
+    """Returns the names of those that are vision-language models."""
+    return [name for name in names() if kind_of(MODELS / name) is None]
+
+
+def vit(name: str) -> str | None:
+    """Returns which shipped ViT a model is, or is of the kind of; None for other models.
+
+    Raises:
+        ConfigError: there is no such model.
+    """
+    local = _directory(name)
+    kind = None if local is None else kind_of(local)
+    return None if kind is None else kind.NAME
+
+
+def load(name: str = DEFAULT, device: str = "cpu", dtype: str = "float32") -> tuple[Any, Any]:
+    """Returns the model in evaluation mode, and its processor, or ``Inputs`` for a ViT.
 
     Args:
         name: a shipped model, the path of a local directory, or ``owner/name`` on the hub. The
@@ -49,6 +69,8 @@ def load(
     Raises:
         ConfigError: there is no such device, dtype or model, its files are missing, damaged or do
             not fit, or those of a shipped model are not the ones that were shipped.
+        ImportError: a ViT is asked for, but not timm or open_clip, which have its classes, is
+            installed.
     """
     if dtype not in DTYPES:
         raise ConfigError(f"dtype={dtype!r} is not known; choose one of {', '.join(DTYPES)}.")
@@ -57,6 +79,19 @@ def load(
         verify(name)
     elif local is not None:
         _check_files(local)
+    if local is not None and kind_of(local) is not None:
+        model, processor = load_vit(local)
+        model = model.to(getattr(torch, "float32" if dtype == "auto" else dtype))
+    else:
+        model, processor = _load_vlm(name, local, dtype)
+    try:
+        return model.to(torch.device(device)).eval(), processor
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ConfigError(f"device={device!r} cannot be used: {reason}") from error
+
+
+def _load_vlm(name: str, local: Path | None, dtype: str) -> tuple[Any, Any]:
     source = name if local is None else str(local)
     where: dict[str, Any] = {"local_files_only": local is not None}
     try:
@@ -69,11 +104,7 @@ def load(
         raise ConfigError(f"The model {name!r} cannot be loaded from {source}: {reason}") from error
     model, info = cast(Any, loaded)
     _check_weights(name, info["missing_keys"])
-    try:
-        return model.to(torch.device(device)).eval(), processor
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise ConfigError(f"device={device!r} cannot be used: {reason}") from error
+    return model, processor
 
 
 def verify(name: str) -> None:
@@ -107,7 +138,7 @@ def describe(name: str) -> str:
     return paragraphs[0].partition(". ")[0].replace("\n", " ").rstrip(".")
 
 
-def fingerprint(model: PreTrainedModel, processor: Any) -> str:
+def fingerprint(model: nn.Module, processor: Any) -> str:
     """Returns 16 hex digits of what decides the answers.
 
     These are each tensor's name, shape and first and last 64 values, the configuration, and what
@@ -119,20 +150,27 @@ def fingerprint(model: PreTrainedModel, processor: Any) -> str:
         ends = torch.cat([flat[:64], flat[-64:]]).cpu().float()
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
         digest.update(ends.numpy().tobytes())
+    is_vit = isinstance(processor, Inputs)
+    parts = {"config": processor.config} if is_vit else _parts_of(cast(Any, model), processor)
+    digest.update(json.dumps(parts, sort_keys=True, default=str).encode())
+    return digest.hexdigest()[:16]
+
+
+def _parts_of(model: Any, processor: Any) -> dict[str, Any]:
+    """Returns the configuration, and what the processor does."""
     tokenizer = deepcopy(getattr(processor.tokenizer, "backend_tokenizer", None))
     if tokenizer is not None:  # calls leave in it how they padded
         tokenizer.no_padding()
         tokenizer.no_truncation()
-    parts = {
-        "config": model.config.to_diff_dict(),
+    config = model.config.to_diff_dict()
+    for volatile in ("_name_or_path", "transformers_version"):
+        config.pop(volatile, None)
+    return {
+        "config": config,
         "images": processor.image_processor.to_dict(),
         "template": processor.chat_template,
         "tokenizer": "" if tokenizer is None else tokenizer.to_str(),
     }
-    for volatile in ("_name_or_path", "transformers_version"):
-        parts["config"].pop(volatile, None)
-    digest.update(json.dumps(parts, sort_keys=True, default=str).encode())
-    return digest.hexdigest()[:16]
 
 
 def _directory(name: str) -> Path | None:
@@ -157,8 +195,10 @@ def _directory(name: str) -> Path | None:
 
 
 def _check_files(path: Path, listed: Iterable[str] = ()) -> None:
+    kind = kind_of(path)
+    parts = PARTS if kind is None else [(file,) for file in kind.FILES]
     missing = [file for file in listed if not (path / file).exists()]
-    missing += [some[0] for some in PARTS if not any((path / file).exists() for file in some)]
+    missing += [some[0] for some in parts if not any((path / file).exists() for file in some)]
     if path.parent == MODELS and not (path / SUMS).exists():
         missing.append(SUMS)
     if missing:

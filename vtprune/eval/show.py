@@ -1,4 +1,4 @@
-"""One image, one question: the answer, and a picture of the patches that were kept."""
+"""One image, one question: the answer, and a picture of the patches that were kept or merged."""
 
 from __future__ import annotations
 
@@ -22,8 +22,11 @@ from vtprune.engine.plan import wrap
 from vtprune.engine.wrap import Handle
 from vtprune.errors import ConfigError, UnsupportedError
 from vtprune.eval import scenes
+from vtprune.eval.regions import enlarged, in_mean_color, regions_of
 from vtprune.eval.samples import MAX_NEW_TOKENS, Asker
 from vtprune.eval.shipped import load
+from vtprune.eval.shipped_vit import Inputs
+from vtprune.eval.show_vit import see, what_to_see
 from vtprune.types import Keep
 
 QUESTION = "how many digits ?"
@@ -43,12 +46,18 @@ class Shown:
     tokens: int
 
 
-def what_to_show(path: Path | None, scene: int, question: str | None) -> tuple[Image.Image, str]:
+def what_to_show(
+    path: Path | None, scene: int, question: str | None, vit: str | None = None
+) -> tuple[Image.Image, str]:
     """Returns an image and a question: of the file, or else of the held-out scene.
 
+    For a ``vit`` it is a held-out picture of its kind, and the caption in place of the question.
+
     Raises:
-        ConfigError: the image cannot be read.
+        ConfigError: the image cannot be read, or the model is not asked this.
     """
+    if vit is not None:
+        return what_to_see(vit, path and open_image(path), scene, question)
     if path is not None:
         return open_image(path), QUESTION if question is None else question
     made = scenes.make_scene(scene)
@@ -71,7 +80,12 @@ def show(
     """
     check_out(out)
     loaded, processor = load(model)
-    return ask_and_draw(loaded, processor, image, question, strategy, keep, out)
+    if not isinstance(processor, Inputs):
+        return ask_and_draw(loaded, processor, image, question, strategy, keep, out)
+    found = see(loaded, processor, image, question, strategy, keep)
+    shown = Shown(question, found.pruned, found.whole, found.kept, found.regions.size)
+    draw(found.seen, found.regions, shown, strategy, out)
+    return shown
 
 
 def ask_and_draw(
@@ -91,10 +105,11 @@ def ask_and_draw(
     with wrap(model, strategy, keep=keep, processor=processor) as handle:
         (pruned,) = ask.answers(model, inputs, MAX_NEW_TOKENS)
         bright = kept_mask(handle, inputs["input_ids"])
+        regions = regions_of(handle.selections[0], bright)
     (unpruned,) = ask.answers(model, inputs, MAX_NEW_TOKENS)
     seen = what_is_seen(inputs["pixel_values"], processor.image_processor, image)
     shown = Shown(question, pruned, unpruned, int(bright.sum()), bright.size)
-    draw(seen, bright, shown, strategy, out)
+    draw(seen, regions, shown, strategy, out)
     return shown
 
 
@@ -190,22 +205,24 @@ def kept_mask(handle: Handle, ids: torch.Tensor) -> NDArray[np.bool_]:
 
 
 def draw(
-    seen: NDArray[np.float32], bright: NDArray[np.bool_], shown: Shown, strategy: str, out: Path
+    seen: NDArray[np.float32], regions: NDArray[np.int64], shown: Shown, strategy: str, out: Path
 ) -> None:
-    """Writes the image beside its copy in which dropped patches are dark and kept ones framed."""
-    rows = np.arange(seen.shape[0]) * bright.shape[0] // seen.shape[0]
-    cols = np.arange(seen.shape[1]) * bright.shape[1] // seen.shape[1]
-    light = np.where(bright[rows][:, cols], 1.0, DIMMED)[:, :, None]
+    """Writes the image beside its copy in which dropped patches are dark and kept ones framed.
+
+    Patches that are one token have their mean color, and a frame together.
+    """
+    light = np.where(enlarged(regions, seen.shape) >= 0, 1.0, DIMMED)[:, :, None]
     figure = Figure(figsize=(10, 5.5), dpi=120, layout="constrained")
     left, right = figure.subplots(1, 2)
     left.imshow(seen)
     left.set_title(
         f"all {shown.tokens} visual tokens: {shown.unpruned or NOTHING}", parse_math=False
     )
-    right.imshow(seen * light)
-    right.add_collection(LineCollection(frames(bright, seen.shape[:2]), colors="w", linewidths=0.8))
+    right.imshow((in_mean_color(seen, regions) if _merges(regions) else seen) * light)
+    lines = frames(regions, seen.shape[:2])
+    right.add_collection(LineCollection(lines, colors="w", linewidths=0.8))
     right.set_title(
-        f"{strategy}, {shown.kept} of {shown.tokens} kept: {shown.answer or NOTHING}",
+        f"{strategy}, {shown.kept} of {shown.tokens} left: {shown.answer or NOTHING}",
         parse_math=False,
     )
     for axes in (left, right):
@@ -214,10 +231,15 @@ def draw(
     figure.savefig(out)
 
 
-def frames(bright: NDArray[np.bool_], size: Sequence[int]) -> list[list[tuple[float, float]]]:
-    """Returns the lines between kept and dropped patches, as ends (x, y) in pixels."""
-    high, wide = size[0] / bright.shape[0], size[1] / bright.shape[1]
-    upright = np.argwhere(bright[:, 1:] != bright[:, :-1]) + (0, 1)
-    level = np.argwhere(bright[1:] != bright[:-1]) + (1, 0)
+def _merges(regions: NDArray[np.int64]) -> bool:
+    """Whether a region is one token; where tokens only leave, all that stay are one region."""
+    return bool((regions > 0).any())
+
+
+def frames(regions: NDArray[Any], size: Sequence[int]) -> list[list[tuple[float, float]]]:
+    """Returns the lines between patches of different regions, as ends (x, y) in pixels."""
+    high, wide = size[0] / regions.shape[0], size[1] / regions.shape[1]
+    upright = np.argwhere(regions[:, 1:] != regions[:, :-1]) + (0, 1)
+    level = np.argwhere(regions[1:] != regions[:-1]) + (1, 0)
     ends = [((y, x), (y + 1, x)) for y, x in upright] + [((y, x), (y, x + 1)) for y, x in level]
     return [[(x * wide - 0.5, y * high - 0.5) for y, x in pair] for pair in ends]

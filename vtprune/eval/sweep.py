@@ -7,24 +7,25 @@ run has all of them on the samples so far.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cached_property, partial
 from importlib.metadata import version
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import PreTrainedModel
+from torch import Tensor, nn
 
 import vtprune
 from vtprune.engine.plan import wrap
+from vtprune.engine.vit_handle import ViTHandle
 from vtprune.engine.wrap import Handle
 from vtprune.errors import UnsupportedError, VTPruneError
-from vtprune.eval.budgets import CEILING, FLOOR, Point, parse_keep, split
+from vtprune.eval.budgets import CEILING, FLOOR, Point, parse_budget, split
 from vtprune.eval.results import Folder, Settings
 from vtprune.eval.rows import Answer, Timing
-from vtprune.eval.samples import MAX_NEW_TOKENS, Asker, Sample, find_tasks
+from vtprune.eval.samples import MAX_NEW_TOKENS, TASKS, Asker, Sample, Task, find_tasks
 from vtprune.eval.shipped import fingerprint
+from vtprune.eval.shipped_vit import Inputs
 from vtprune.flops import Cost, Shape
 from vtprune.registry import build, read, strategy_class
 from vtprune.types import Strategy
@@ -53,11 +54,16 @@ class Batch:
 
 
 class Sweep:
-    """Measures ``points`` with one model and writes each batch to the folder when it is done."""
+    """Measures ``points`` with one model and writes each batch to the folder when it is done.
+
+    ``known`` are the tasks that it can be asked. ViTs have subclasses of their own.
+    """
+
+    known: Mapping[str, Task] = TASKS
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        model: Any,
         processor: Any,
         points: Sequence[Point],
         settings: Settings,
@@ -73,24 +79,41 @@ class Sweep:
             VTPruneError: a task is unknown, a strategy does not fit the model, or a budget exceeds
                 its tokens.
         """
-        self.model, self.settings = model, settings
-        self.tasks = find_tasks(split(settings.task))
-        self.ask = Asker(processor, settings.hint)
+        self.model, self.processor, self.settings = model, processor, settings
+        self._prepare()
+        self.tasks = find_tasks(split(settings.task), self.known)
         self.refused: dict[Point, str] = {}
         for point in points:
             try:
                 if point not in (CEILING, FLOOR):
-                    self._wrap(point, 0).remove()
+                    self._try(point)
             except VTPruneError as error:
                 if not lenient:
                     raise
                 self.refused[point] = str(error)
         self.points = tuple(point for point in points if point not in self.refused)
 
+    def _prepare(self) -> None:
+        self.ask = Asker(self.processor, self.settings.hint)
+
+    def _try(self, point: Point) -> None:
+        """Raises VTPruneError where a point does not fit the model."""
+        self._wrap(point, 0).remove()
+
+    @property
+    def gflops(self) -> float | None:
+        """What a ViT takes per image when it keeps all; None for other models."""
+        return None
+
+    @property
+    def batch(self) -> int:
+        """How many samples are measured together."""
+        return self.settings.batch_size
+
     def run(self, folder: Folder, advance: Callable[[int], None] = lambda n: None) -> None:
         """Measures what ``folder`` lacks; ``advance`` is told the rows done, old ones too."""
         done, timed, cold = folder.done(), folder.timed(), True
-        size, limit = self.settings.batch_size, self.settings.limit
+        size, limit = self.batch, self.settings.limit
         for task in self.tasks:
             for first in range(0, limit, size):
                 end = min(first + size, limit)
@@ -103,9 +126,9 @@ class Sweep:
                 advance((end - first) * (len(self.points) - len(todo)))
                 if todo:
                     # Always the whole batch, so that a resumed run repeats the same arithmetic.
-                    batch = Batch(task.load(first, end), self.ask, self.model.device)
+                    batch = self._load(task, first, end)
                     if cold:  # the first call pays for what is set up once
-                        self._generate(batch.seeing)
+                        self._warm_up(batch)
                         cold = False
                     for point in todo:
                         self._write(point, batch, folder, done[task.name, point], timed)
@@ -114,7 +137,7 @@ class Sweep:
     def _write(
         self,
         point: Point,
-        batch: Batch,
+        batch: Any,
         folder: Folder,
         old: Collection[int],
         timed: Collection[tuple[str, Point, int]],
@@ -129,8 +152,14 @@ class Sweep:
             marks = (first.task, point.strategy, point.budget, first.index)
             folder.timings.append([Timing(*marks, len(rows), ms)])
 
-    def measure(self, point: Point, batch: Batch) -> tuple[list[Answer], float]:
-        """Returns the answers of one point, and the milliseconds that ``generate`` took."""
+    def _load(self, task: Task, first: int, end: int) -> Any:
+        return Batch(task.load(first, end), self.ask, self.model.device)
+
+    def _warm_up(self, batch: Any) -> None:
+        self._generate(batch.seeing)
+
+    def measure(self, point: Point, batch: Any) -> tuple[list[Answer], float]:
+        """Returns the answers of one point, and the milliseconds that the model took."""
         if point == FLOOR:
             words, ms = self._generate(batch.blind)
             counts = [(0, 0.0, share) for share in self._blind_shares(batch)]
@@ -148,7 +177,7 @@ class Sweep:
                 for row in range(len(words))
             ]
         rows = [
-            _answer(sample, point, word, *count)
+            answer_row(sample, point, word, *count)
             for sample, word, count in zip(batch.samples, words, counts, strict=True)
         ]
         return rows, ms
@@ -169,10 +198,12 @@ class Sweep:
         words = self.ask.answers(self.model, inputs, self.settings.max_new_tokens)
         return words, 1000 * (time.perf_counter() - began)
 
-    def _wrap(self, point: Point, first: int) -> Handle:
+    def _wrap(self, point: Point, first: int) -> Handle | ViTHandle:
         strategy = seeded(point.strategy, self.settings.seed, first)
-        keep = None if strategy.kind == "compute" else parse_keep(point.budget)
-        return wrap(self.model, strategy, keep=keep, processor=self.ask.processor)
+        budget: dict[str, Any] = {} if strategy.kind == "compute" else parse_budget(point.budget)
+        if not isinstance(self.processor, Inputs):
+            budget["processor"] = self.processor
+        return wrap(self.model, strategy, **budget)
 
 
 def seeded(name: str, seed: int, first: int) -> Strategy:
@@ -187,7 +218,7 @@ def seeded(name: str, seed: int, first: int) -> Strategy:
 
 
 def settings_of(
-    model: PreTrainedModel,
+    model: nn.Module,
     processor: Any,
     name: str,
     *,
@@ -205,7 +236,10 @@ def settings_of(
         limit: samples per task.
         hint: text after every question.
     """
-    versions = [f"{package} {version(package)}" for package in PACKAGES]
+    vit = processor.name if isinstance(processor, Inputs) else ""
+    packages = [*PACKAGES, *({"mini-vit": ["timm"], "mini-clip": ["open_clip_torch"]}.get(vit, []))]
+    versions = [f"{package} {version(package)}" for package in packages]
+    first = next(model.parameters())
     return Settings(
         name,
         fingerprint(model, processor),
@@ -214,8 +248,8 @@ def settings_of(
         limit,
         batch_size,
         seed,
-        MAX_NEW_TOKENS,
-        f"{model.device} {model.dtype}",
+        0 if vit else MAX_NEW_TOKENS,
+        f"{first.device} {first.dtype}",
         ", ".join([f"vtprune {vtprune.__version__}", *versions]),
     )
 
@@ -227,9 +261,16 @@ def _share(cost: Callable[[], Cost]) -> float | None:
         return None
 
 
-def _answer(
-    sample: Sample, point: Point, word: str, tokens: int, kept: float, flops: float | None
+def answer_row(
+    sample: Sample,
+    point: Point,
+    word: str,
+    tokens: int,
+    kept: float,
+    flops: float | None,
+    right: bool | None = None,
 ) -> Answer:
+    """Returns the row of a sample at a point; ``right`` where it is not the expected word."""
     return Answer(
         sample.task,
         sample.index,
@@ -239,7 +280,7 @@ def _answer(
         sample.question,
         sample.expected,
         word,
-        word == sample.expected,
+        word == sample.expected if right is None else right,
         tokens,
         round(kept, 2),
         flops,

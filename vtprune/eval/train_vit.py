@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -52,6 +52,13 @@ class Shown:
 
     def to(self, device: torch.device) -> Shown:
         return Shown(**{name: value.to(device) for name, value in vars(self).items()})
+
+
+class Targets(Protocol):
+    """What readouts per visual token are to say, ``[B, N]`` as in ``Shown``."""
+
+    thing: Tensor
+    color: Tensor
 
 
 class Heads(nn.Module):
@@ -135,7 +142,7 @@ def token_targets(things: tuple[Thing, ...]) -> NDArray[np.int64]:
     return table[np.where(owner == IGNORE, len(things) + 1, owner % (len(things) + 1))].T
 
 
-def token_losses(heads: Heads, tokens: Tensor, batch: Shown) -> dict[str, Tensor]:
+def token_losses(heads: Heads, tokens: Tensor, batch: Targets) -> dict[str, Tensor]:
     """Losses and accuracies of the readouts on ``tokens`` ``[B, N, D]``."""
     thing, color = heads.thing(tokens).float(), heads.color(tokens).float()
     weight, some = rarer_nothing(thing), batch.thing > 0

@@ -6,10 +6,19 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from vtprune.types import ClsRow, Facts, Need, Received, Signals, WideClsRow, WideKeys
+from vtprune.types import (
+    ClsRow,
+    Facts,
+    Need,
+    Received,
+    Signals,
+    TowerNeed,
+    WideClsRow,
+    WideKeys,
+)
 
 
-def salience_needs(layers: Sequence[int], facts: Facts) -> tuple[Need, ...]:
+def salience_needs(layers: Sequence[int], facts: Facts) -> tuple[TowerNeed, ...]:
     """Returns what tells a patch's salience: the CLS row, or attention received without a CLS."""
     kind = ClsRow if facts.has_cls else Received
     return tuple(kind(layer) for layer in layers)

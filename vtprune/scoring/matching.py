@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -72,12 +74,28 @@ def match(metric: Tensor, r: int, n_prefix: int = 0) -> tuple[Tensor, Tensor]:
     hidden = broken[:, even, None] | broken[:, None, odd]
     source, partner = closest(similarity.masked_fill(hidden, -torch.inf), r)
     rows = torch.cat([even[outside(source, len(even))], odd.expand(batch, -1)], dim=1)
-    order = torch.arange(n, device=device).expand(batch, n)
-    place = torch.zeros_like(order).scatter(1, rows, order[:, : n - r])
-    return rows, place.gather(1, order.scatter(1, even[source], odd[partner]))
+    return rows, goes_into(rows, even[source], odd[partner], n)
 
 
-def merge_down(metric: Tensor, size: Tensor, k: int, n_prefix: int = 0) -> tuple[Tensor, Tensor]:
+def goes_into(rows: Tensor, source: Tensor, partner: Tensor, n: int) -> Tensor:
+    """Returns which of the outputs each of ``n`` tokens goes into, ``[B, n]`` int64.
+
+    Args:
+        rows: ``[B, K]`` int64, the tokens that are left.
+        source: ``[B, n - K]`` int64, the others; partner: which of ``rows`` each goes into.
+    """
+    order = torch.arange(n, device=rows.device).expand(len(rows), n)
+    place = torch.zeros_like(order).scatter(1, rows, order[:, : rows.shape[1]])
+    return place.gather(1, order.scatter(1, source, partner))
+
+
+def merge_down(
+    metric: Tensor,
+    size: Tensor,
+    k: int,
+    n_prefix: int = 0,
+    pair: Callable[[Tensor, int, int], tuple[Tensor, Tensor]] = match,
+) -> tuple[Tensor, Tensor]:
     """Matches tokens until ``k`` are left.
 
     Where more than half are to leave, what is left is matched again, by the mean of its metric.
@@ -85,6 +103,7 @@ def merge_down(metric: Tensor, size: Tensor, k: int, n_prefix: int = 0) -> tuple
     Args:
         metric: ``[B, N, D]``; size: ``[B, N]`` float32, above 0; k: from 1 to N - 1.
         n_prefix: tokens before the first, which take places but no part.
+        pair: what matches; takes and returns what ``match`` does.
 
     Returns:
         As ``match``: ``[B, k]`` and ``[B, N]``.
@@ -92,7 +111,7 @@ def merge_down(metric: Tensor, size: Tensor, k: int, n_prefix: int = 0) -> tuple
     rows = into = torch.arange(size.shape[1], device=size.device).expand_as(size)
     metric, part = metric.float(), size
     while (n := metric.shape[1]) > k:
-        left, goes = match(metric, min(n - k, n // 2), n_prefix)
+        left, goes = pair(metric, min(n - k, n // 2), n_prefix)
         step = averaged(left, goes, part)
         metric, part = step.apply(metric), step.total(part)
         rows, into = rows.gather(1, left), goes.gather(1, into)

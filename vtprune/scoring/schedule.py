@@ -96,3 +96,18 @@ class Part:
             mean = sum(n * share for n, share in zip(lengths, left, strict=True)) / self.depth
             low, high = (scale, high) if mean < keep else (low, scale)
         return min(1.0, high * self.ratios[self.stage])
+
+
+@dataclass(frozen=True)
+class Falling:
+    """What share is left after ``done`` of ``steps`` equal steps down to the share asked for.
+
+    Give it to a ``Stage`` as its ``times``.
+    """
+
+    done: int
+    steps: int
+
+    def __call__(self, keep: float) -> float:
+        """Returns the share where ``keep`` is left in the end."""
+        return 1 - (1 - keep) * self.done / self.steps

@@ -50,6 +50,7 @@ class DyVTE(Strategy):
     positions: ClassVar[Positions] = "keep"
     acts_inside: ClassVar[bool] = True
     scope: ClassVar[Scope] = "sample"
+    trained: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.threshold is not None and math.isnan(self.threshold):

@@ -12,6 +12,7 @@ made of none stay as they came. Defaults: official code.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 from vtprune.errors import ConfigError
 from vtprune.projectors import KIND, TRAIN, Projected, Projectors, load
@@ -25,6 +26,8 @@ class SAISA(Compute):
 
     By default the folder that the model was loaded from.
     """
+
+    trained: ClassVar[bool] = True
 
     projectors: str | Projectors | None = None
 

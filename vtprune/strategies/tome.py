@@ -15,56 +15,27 @@ of the block that yields the features. Defaults: official code.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
-from vtprune.scoring.matching import ascending, averaged, merge_down, n_staying
-from vtprune.types import (
-    Budget,
-    Facts,
-    Keys,
-    Need,
-    Scope,
-    Selection,
-    Signals,
-    Site,
-    Stage,
-    Strategy,
-)
+from vtprune.scoring.matching import ascending, averaged, merge_down
+from vtprune.strategies._blocks import InBlocks
+from vtprune.types import Facts, Keys, Selection, Signals, TowerNeed
 
 
 @dataclass(frozen=True)
-class ToMe(Strategy):
+class ToMe(InBlocks):
     """``layers`` are the blocks that merge, by default all up to the one that yields the features.
 
     ``prop_attn``: whether a merged token gets attention for all patches it stands for.
     """
 
-    scope: ClassVar[Scope] = "tile"
-
     prop_attn: bool = True
 
-    def default_layers(self, facts: Facts) -> tuple[int, ...]:
-        return tuple(range(0 if facts.in_tower else facts.feature_block, facts.feature_block + 1))
+    @property
+    def weighs(self) -> bool:
+        return self.prop_attn
 
-    def needs(self, facts: Facts) -> tuple[Need, ...]:
-        return tuple(Keys(layer) for layer in self.used_layers(facts))
-
-    def plan(self, facts: Facts) -> tuple[Stage, ...]:
-        if not facts.in_tower:
-            return (Stage(Site.PROJECTOR, self.needs(facts)[-1:]),)
-        return tuple(
-            Stage(Site.ENCODER, (Keys(layer),), layer, before_mlp=True, proportional=self.prop_attn)
-            for layer in self.used_layers(facts)
-        )
-
-    def counts(self, signals: Signals, budget: Budget) -> list[int]:
-        inside = signals.inside
-        if inside is None:
-            return super().counts(signals, budget)
-        return [
-            n_staying(signals.n, n, budget.count(n), inside.stage, len(inside.layers))
-            for n in inside.entered
-        ]
+    def read(self, layer: int, facts: Facts) -> tuple[TowerNeed, ...]:
+        return (Keys(layer),)
 
     def select(self, signals: Signals, k: int) -> Selection:
         keys = signals.stack(Keys)[-1]  # [B, N, d]

@@ -13,7 +13,17 @@ from torch import Tensor, nn
 
 from vtprune.errors import UnsupportedError
 from vtprune.flops import Shape
-from vtprune.types import ClsRow, Facts, Flow, Maps, TowerNeed, WideClsRow
+from vtprune.types import (
+    Attention,
+    ClsRow,
+    Facts,
+    Flow,
+    Guidance,
+    Left,
+    Maps,
+    TowerNeed,
+    WideClsRow,
+)
 
 
 class ViTAdapter(ABC):
@@ -59,9 +69,9 @@ class ViTAdapter(ABC):
         """What strategies may know."""
         depth = len(self.blocks)
         kinds = {k for k in Facts.signals_of(cls_row=self.has_cls) if issubclass(k, TowerNeed)}
-        kinds |= {Maps}
+        kinds |= {Attention, Left, Maps}
         if self.n_prefix and not self.has_cls:
-            kinds -= {Flow, ClsRow, WideClsRow}
+            kinds -= {Flow, Guidance, ClsRow, WideClsRow}
         return Facts(
             depth,
             depth - 1,
@@ -69,6 +79,7 @@ class ViTAdapter(ABC):
             frozenset(kinds),
             n_tokens=self.n_patches,
             family=type(self.tower).__name__,
+            width=self.shape.width,
         )
 
     # -- the tower -----------------------------------------------------------------------------
