@@ -88,10 +88,14 @@ def test_tokens_that_do_not_fit_are_refused(tmp_path: Path) -> None:
     assert strategy("crossget").beside(str(tmp_path)) == strategy("crossget")
     save_file({"tokens": torch.zeros(DEPTH + 1, 48)}, path)
     assert strategy("crossget").beside(str(tmp_path)) == strategy("crossget", tokens=str(path))
-    with pytest.raises(ConfigError, match=f"are for {DEPTH + 1} blocks"):
+    with pytest.raises(ConfigError, match=f"are for {DEPTH + 1} blocks of width 48; .* {DEPTH} of"):
         vtprune.wrap(model, "crossget", reduce=8, tokens=str(tmp_path))
+    with pytest.raises(ConfigError, match=rf"tokens=\[{DEPTH}, 40\] are for .* of width 48"):
+        vtprune.wrap(model, "crossget", reduce=8, tokens=torch.zeros(DEPTH, 40))
+    with pytest.raises(ConfigError, match=rf"tokens=\[{DEPTH}\]: no 'tokens'"):
+        vtprune.wrap(model, "crossget", reduce=8, tokens=torch.zeros(DEPTH))
     save_file({"other": torch.zeros(DEPTH, 48)}, path)
-    with pytest.raises(ConfigError, match="no .tokens. .blocks, width."):
+    with pytest.raises(ConfigError, match=r"no .tokens. \[blocks, width\]"):
         vtprune.wrap(model, "crossget", reduce=8, tokens=str(path))
     path.write_bytes(b"nothing")
     with pytest.raises(ConfigError, match="is no safetensors file"):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import vtprune
 from tests.vits.models import DEPTH, PATCHES, answer, build, images
-from vtprune.engine.vit import merged
+from vtprune.engine.vit_attention import merged
 from vtprune.strategies.random import Random
 from vtprune.strategies.tome import ToMe
 from vtprune.types import (
@@ -50,8 +50,33 @@ class RaggedRandom(Ragged):
         return Random().select(signals, k)
 
 
+def test_what_fills_rows_up_is_seen_where_it_is_not_hidden(monkeypatch: Any) -> None:
+    model, x = build("vit"), images(4)
+    monkeypatch.setattr("vtprune.engine.vit_attention.added", lambda state, q: None)
+    with vtprune.wrap(model, RaggedRandom(), keep=0.5):
+        together = answer(model, x)
+        alone = torch.cat([answer(model, x[i : i + 1]) for i in range(4)])
+    assert not torch.allclose(together, alone, rtol=1e-3, atol=1e-3)
+
+
+@dataclass(frozen=True)
+class RaggedByReceived(Ragged):
+    """Counts by the attention that patches receive, a mean over all queries."""
+
+    def plan(self, facts: Any) -> tuple[Stage, ...]:
+        layers = range(DEPTH)
+        return tuple(Stage(Site.ENCODER, (Keys(i), Received(i)), i) for i in layers)
+
+    def counts(self, signals: Signals, budget: Any) -> list[int]:
+        received = signals.stack(Received)[-1]
+        return [signals.n - 4 - int(10000 * x) % 7 for x in received.amax(1)]
+
+
+EACH = [Ragged(), Ragged(prop_attn=False), RaggedRandom(), RaggedByReceived()]
+
+
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("strategy", [Ragged(), Ragged(prop_attn=False), RaggedRandom()])
+@pytest.mark.parametrize("strategy", EACH)
 def test_an_image_of_a_ragged_batch_is_as_alone(name: str, strategy: Strategy) -> None:
     model, x = build(name), images(4)
     handle: Any = vtprune.wrap(model, strategy, keep=0.5)
@@ -64,30 +89,6 @@ def test_an_image_of_a_ragged_batch_is_as_alone(name: str, strategy: Strategy) -
             assert [i.kept for i in handle.report().images] == [kept[row]]
             assert torch.equal(handle.selections[0].rows, chosen[row].rows)
             assert chosen[row].rows.shape == (1, kept[row])
-
-
-def test_what_fills_rows_up_is_seen_where_it_is_not_hidden(monkeypatch: Any) -> None:
-    model, x = build("vit"), images(4)
-    monkeypatch.setattr("vtprune.engine.vit.added", lambda state, q: None)
-    with vtprune.wrap(model, RaggedRandom(), keep=0.5):
-        together = answer(model, x)
-        alone = torch.cat([answer(model, x[i : i + 1]) for i in range(4)])
-    assert not torch.allclose(together, alone, rtol=1e-3, atol=1e-3)
-
-
-def test_a_mean_over_queries_is_refused_in_a_ragged_batch() -> None:
-    @dataclass(frozen=True)
-    class Reads(Ragged):
-        def plan(self, facts: Any) -> tuple[Stage, ...]:
-            layers = range(DEPTH)
-            return tuple(Stage(Site.ENCODER, (Keys(i), Received(i)), i) for i in layers)
-
-    model = build("vit")
-    with (
-        vtprune.wrap(model, Reads(), keep=0.5),
-        pytest.raises(vtprune.UnsupportedError, match="one by one"),
-    ):
-        answer(model, images(4))
 
 
 @dataclass(frozen=True)
@@ -241,11 +242,21 @@ class Guest(ToMe):
         return self.added * torch.randn(DEPTH, 48, generator=torch.Generator().manual_seed(0))
 
 
+def test_a_guest_is_no_part_of_what_reduces_nothing() -> None:
+    model, x = build("vit"), images()
+    plain = answer(model, x)
+    amounts: list[dict[str, Any]] = [{"reduce": 0}, {"keep": 1.0}]
+    for amount in amounts:
+        with vtprune.wrap(model, Guest(added=1.0), **amount):
+            assert torch.equal(answer(model, x), plain)
+
+
 @pytest.mark.parametrize("name", ["vit", "eva02_fused", "rope_mixed", "distilled"])
-def test_a_guest_is_a_token_of_the_prefix(name: str) -> None:
+def test_a_guest_is_a_token_of_the_prefix(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A copy of [CLS] in the model itself, between prefix and patches, gives the same."""
     model, x = build(name), images()
     blocks: list[Tensor] = []
+    monkeypatch.setattr("vtprune.engine.vit_plan.Plan.idle", lambda *args: False)
     handle: Any = vtprune.wrap(model, Guest(), reduce=0)
     p = handle.adapter.n_prefix
     with handle, torch.no_grad():
@@ -280,6 +291,16 @@ def test_what_guests_learned_is_added_before_every_block() -> None:
             states.append(handle._passage.entering[-1].guests)
             assert handle.report().images[0].kept == PATCHES - 4 * DEPTH
     assert not torch.allclose(*answers) and states[0].shape == (2, 1, 48)
+
+
+def test_guests_of_another_width_are_refused() -> None:
+    @dataclass(frozen=True)
+    class Wide(Guest):
+        def guests(self, facts: Any) -> Tensor:
+            return torch.zeros(DEPTH, 47)
+
+    with pytest.raises(vtprune.ConfigError, match=f"{DEPTH} blocks of width 48"):
+        vtprune.wrap(build("vit"), Wide(), reduce=4)
 
 
 def test_guests_stay_where_blocks_give_all_patches() -> None:

@@ -106,17 +106,17 @@ def _first_of(rope: Tensor, index: Tensor | None) -> Tensor:
 
 
 FAULTS: dict[str, tuple[str, Any, str]] = {
-    "no weight in blocks": ("added", _no_bias, "vit"),
-    "rope not gathered": ("left_of", _first_of, "eva02_fused"),
-    "plain mean": ("Passage.weigh", lambda self, x: x, "siglip_gap"),
-    "plain pooler": ("Passage.bias", lambda self, length: None, "siglip_map"),
+    "no weight in blocks": ("vit_attention.added", _no_bias, "vit"),
+    "rope not gathered": ("vit_attention.left_of", _first_of, "eva02_fused"),
+    "plain mean": ("vit.Passage.weigh", lambda self, x: x, "siglip_gap"),
+    "plain pooler": ("vit.Passage.bias", lambda self, length: None, "siglip_map"),
     "plain mean of the output": (
-        "Passage.weigh",
+        "vit.Passage.weigh",
         lambda self, x: x,
         "Dinov2ForImageClassification",
     ),
-    "plain pooler of torch": ("Passage.bias", lambda self, length: None, "SiglipVisionModel"),
-    "plain pooler of CoCa": ("Passage.bias", lambda self, length: None, "open_clip_coca"),
+    "plain pooler of torch": ("vit.Passage.bias", lambda self, length: None, "SiglipVisionModel"),
+    "plain pooler of CoCa": ("vit.Passage.bias", lambda self, length: None, "open_clip_coca"),
 }
 
 
@@ -124,7 +124,7 @@ FAULTS: dict[str, tuple[str, Any, str]] = {
 def test_faults_turn_the_oracle_red(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     where, replacement, name = FAULTS[fault]
     model, x = build(name), images()
-    monkeypatch.setattr(f"vtprune.engine.vit.{where}", replacement)
+    monkeypatch.setattr(f"vtprune.engine.{where}", replacement)
     handle, reduced, made, state = merged_in_the_first(model, x)
     assert not torch.allclose(reduced, duplicated(handle, made, state, x), rtol=1e-4, atol=1e-4)
 

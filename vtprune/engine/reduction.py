@@ -65,13 +65,20 @@ def reduced(
     raise HookError(f"The tap cannot read {need}.")
 
 
-def reduced_map(need: TowerNeed, map: Tensor, n_prefix: int) -> Tensor:
-    """Returns a quantity of attention where a rule says its ``map``, ``[B, H, S, S]`` float32."""
+def reduced_map(need: TowerNeed, map: Tensor, n_prefix: int, real: Tensor | None) -> Tensor:
+    """Returns a quantity of attention as its map says, where that is at hand.
+
+    Args:
+        map: ``[B, H, S, S]`` float32, from query to key.
+        real: which queries do not only fill their row up, ``[B, S]`` bool; None = all.
+    """
     if isinstance(need, Maps):
         return map
-    rows = map[:, :, 0] if isinstance(need, ClsRow) else map.mean(2)
-    times = map.shape[2] if isinstance(need, TotalReceived) else 1
-    return times * rows.mean(1)[:, n_prefix:]
+    if isinstance(need, ClsRow):
+        return map[:, :, 0].mean(1)[:, n_prefix:]
+    queries = map.new_ones(map.shape[0], map.shape[2]) if real is None else real.to(map.dtype)
+    total = (map * queries[:, None, :, None]).sum(2).mean(1)[:, n_prefix:]
+    return total if isinstance(need, TotalReceived) else total / queries.sum(1, keepdim=True)
 
 
 def maps(q: Tensor, k: Tensor, scale: float | None, added: Tensor | None) -> Tensor:

@@ -13,29 +13,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import dropout, scaled_dot_product_attention
+from torch.nn.functional import dropout
 
-from vtprune.attending import Attended, Attending
-from vtprune.engine.reduction import maps, reduced, reduced_map
+from vtprune.engine.vit_attention import Parts, merged
 from vtprune.engine.vit_choice import choose
 from vtprune.engine.vit_plan import Plan
-from vtprune.engine.vit_state import State, added, left_of
-from vtprune.errors import UnsupportedError
+from vtprune.engine.vit_state import State
+from vtprune.errors import ConfigError, UnsupportedError
 from vtprune.kernels.gather_tokens import gather_tokens
-from vtprune.types import (
-    ClsRow,
-    Keys,
-    Left,
-    Maps,
-    Mix,
-    Patches,
-    Received,
-    Selection,
-    Signals,
-    Stage,
-    TowerNeed,
-    WideKeys,
-)
+from vtprune.types import Patches, Selection, Signals, Stage, TowerNeed
 from vtprune.vit_adapters._base import ViTAdapter
 from vtprune.vlm_adapters._base import square
 
@@ -58,8 +44,28 @@ class Passage:
         self.counted, self.shares = [(0, 0)] * depth, [1.0] * depth
         self.batch = self.patches = 0
         self.whole = self._was_whole = False
-        self._guests = plan.strategy.guests(adapter.facts)
-        self._prefix = adapter.n_prefix + (self._guests is not None)
+        self._added = self._checked(plan.strategy.guests(adapter.facts))
+        self._guests: Tensor | None = None
+
+    def _checked(self, added: Tensor | None) -> Tensor | None:
+        """Returns what the strategy's token gets added.
+
+        Raises:
+            ConfigError: it is of other blocks, or of another width.
+        """
+        depth, width = len(self.adapter.blocks), self.adapter.shape.width
+        if added is None or tuple(added.shape) in ((depth, width), (depth, 1)):
+            return added
+        raise ConfigError(
+            f"{self.plan.strategy.name} adds {list(added.shape)} to a token of its own; "
+            f"{self.adapter.facts.family} has {depth} blocks of width {width}. Give weights that "
+            "were trained for this model."
+        )
+
+    @property
+    def _prefix(self) -> int:
+        """Tokens before the first patch, that of the strategy among them."""
+        return self.adapter.n_prefix + (self._guests is not None)
 
     @property
     def left(self) -> list[int]:
@@ -76,6 +82,7 @@ class Passage:
         if not layer:
             self.batch, self.patches = x.shape[0], x.shape[1] - p
             self._was_whole = self.whole
+            self._guests = None if self.plan.idle(self.patches) else self._added
         if self.whole and state.index is not None:
             x = torch.cat([x[:, :p], gather_tokens(state.index, x[:, p:])[0]], dim=1)
         if self._guests is not None:
@@ -124,91 +131,31 @@ class Passage:
         self, layer: int, block: Any, x: Tensor, state: State, rope: Tensor | None
     ) -> tuple[Tensor, State]:
         """Runs the first half, and what happens before the second."""
-        adapter, attention = self.adapter, self.adapter.attention(block)
-        stage = self.plan.stage(layer)
-        normed = adapter.norm(block, x)
-        q, content, v = adapter.project(attention, normed)
-        k = content
-        if rope is not None:
-            rope = left_of(rope, state.index)
-            q, k = (self._turn(attention, part, rope) for part in (q, k))
-        bias = added(state, q)
-        ruled, state = self._by_rule(layer, normed, q, k, v, bias, state)
-        state = self._read(layer, state, q, content, k, v, bias, ruled and ruled.map)
-        dropped = adapter.dropout(attention) if block.training else 0.0
-        if ruled is not None:
-            out = dropout(ruled.out, dropped)
-        elif stage and stage.ahead:
-            weights = maps(q, k, None, bias)
+        adapter, stage, rule = self.adapter, self.plan.stage(layer), self.plan.rule(layer)
+        parts = Parts.of(adapter, layer, x, state, rope, self._prefix)
+        if rule is not None:
+            parts = parts.by(rule)
+            self.shares[layer] = 1.0 if parts.ruled is None else parts.ruled.share
+        needs = [need for need in self._reads(layer) if not isinstance(need, Patches)]
+        state = parts.state.reading((need, parts.read(need)) for need in needs)
+        dropped = adapter.dropout(adapter.attention(block)) if block.training else 0.0
+        normed = parts.x
+        if stage and stage.ahead:
             x, state, chosen = self._cut(layer, stage, x, state)
-            weights = merged(weights, chosen, self._prefix)
+            weights = dropout(merged(parts.map(), chosen, self._prefix), dropped)
             normed = adapter.norm(block, x)
-            v = adapter.project(attention, normed)[2]
-            out = dropout(weights, dropped).to(v.dtype) @ v
+            v = adapter.project(adapter.attention(block), normed)[2]
+            out = weights.to(v.dtype) @ v
         else:
-            out = scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropped)
+            out = parts.attend(dropped)
         x = x + adapter.attended(block, out.transpose(1, 2).flatten(2), normed)
         return self._cut(layer, stage, x, state)[:2] if stage and stage.before_mlp else (x, state)
-
-    def _by_rule(
-        self,
-        layer: int,
-        x: Tensor,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        bias: Tensor | None,
-        state: State,
-    ) -> tuple[Attended | None, State]:
-        """Returns what a rule makes of a block's attention, None where there is none."""
-        rule = self.plan.rule(layer)
-        if rule is None:
-            return None, state
-        left = (state.tokens, state.rows)
-        made = rule.attend(Attending(layer, self._prefix, q, k, v, x, bias, *left))
-        self.shares[layer] = made.share
-        tokens, rows = {**state.tokens, **made.tokens}, {**state.rows, **made.rows}
-        return made, replace(state, tokens=tokens, rows=rows)
-
-    def _turn(self, attention: Any, x: Tensor, rope: Tensor) -> Tensor:
-        """Applies a rotary embedding, of which a strategy's token has none."""
-        if self._guests is None:
-            return self.adapter.turn(attention, x, rope)
-        p, more = self.adapter.n_prefix, self._prefix
-        turned = self.adapter.turn(attention, torch.cat([x[:, :, :p], x[:, :, more:]], dim=2), rope)
-        return torch.cat([turned[:, :, :p], x[:, :, p:more], turned[:, :, p:]], dim=2)
-
-    @torch.no_grad()
-    def _read(
-        self,
-        layer: int,
-        state: State,
-        q: Tensor,
-        content: Tensor,
-        k: Tensor,
-        v: Tensor,
-        bias: Tensor | None,
-        map: Tensor | None,
-    ) -> State:
-        """Reads what is wanted of this block; keys without a rotary embedding."""
-        read = []
-        for need in self._reads(layer):
-            if isinstance(need, Left):
-                read.append((need, state.tokens[need.name][:, self._prefix :]))
-            elif map is not None and isinstance(need, (ClsRow, Maps, Received)):
-                read.append((need, reduced_map(need, map, self._prefix)))
-            elif not isinstance(need, Patches):
-                keys = content if isinstance(need, (Keys, WideKeys)) else k
-                read.append((need, reduced(need, q, keys, v, self._prefix, None, bias)))
-        return replace(state, values=(*state.values, *read))
 
     def _after(self, layer: int, x: Tensor, state: State) -> tuple[Tensor, State]:
         """Does what happens after a block."""
         stage, p = self.plan.stage(layer), self._prefix
         seen = [need for need in self._reads(layer) if isinstance(need, Patches)]
-        if seen:
-            values = tuple((need, x[:, p:].detach().float()) for need in seen)
-            state = replace(state, values=(*state.values, *values))
+        state = state.reading((need, x[:, p:].detach().float()) for need in seen)
         if stage and not stage.inside_block:
             x, state, _ = self._cut(layer, stage, x, state)
         return x, replace(state, values=state.lasting)
@@ -282,29 +229,6 @@ class Passage:
 
     def _factors(self, length: int) -> Tensor | None:
         return None if self._was_whole else self.entering[-1].factors(length)
-
-
-def merged(weights: Tensor, chosen: Selection, n_prefix: int) -> Tensor:
-    """Returns an attention map among the tokens that are left.
-
-    Attention to tokens that merge is added up; that of tokens that merge is mixed as they are. What
-    went to tokens that leave goes to the others.
-
-    Args:
-        weights: ``[B, H, S, S]`` float32, from query to key, the prefix first.
-
-    Returns:
-        ``[B, H, K, K]``, the prefix included.
-    """
-    if chosen.is_identity:
-        return weights
-    mix = chosen.mix
-    whole = replace(chosen, mix=mix and Mix(mix.source, mix.target, torch.ones_like(mix.weight)))
-    for dim, part in ((3, whole), (2, chosen)):
-        moved = weights.movedim(dim, 1)  # [B, S, H, S]
-        left = part.apply(moved[:, n_prefix:].flatten(2)).unflatten(2, moved.shape[2:])
-        weights = torch.cat([moved[:, :n_prefix], left], dim=1).movedim(1, dim)
-    return weights / weights.sum(-1, keepdim=True)
 
 
 def _refuse_masks(block: Any, given: dict[str, Any]) -> None:

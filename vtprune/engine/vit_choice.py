@@ -14,8 +14,7 @@ from torch import Tensor
 
 from vtprune.engine.signals import select_group
 from vtprune.engine.vit_plan import Plan
-from vtprune.errors import UnsupportedError
-from vtprune.types import Maps, Mix, Received, Selection, Signals
+from vtprune.types import Maps, Mix, Selection, Signals
 
 
 def choose(
@@ -52,19 +51,10 @@ def _alike(numbers: Sequence[int]) -> dict[int, list[int]]:
 
 
 def _cut(signals: Signals, members: Sequence[int], n: int) -> Signals:
-    """Returns the signals of some images, whose rows have ``n`` tokens before what fills them up.
-
-    Raises:
-        UnsupportedError: one of them counts what fills rows up.
-    """
+    """Returns the signals of some images, of whose rows the first ``n`` tokens are real."""
     part = signals.rows(torch.tensor(members, device=signals.tokens.device))
     if n == signals.n:
         return part
-    if odd := [need for need in part.values if isinstance(need, Received)]:
-        raise UnsupportedError(
-            f"{odd[0]} is a mean over all queries, which are of different numbers here. Give "
-            "images one by one."
-        )
     size = None if part.size is None else part.size[:, :n]
     values = {need: _of(need, value, n, part.n_prefix) for need, value in part.values.items()}
     return replace(part, tokens=part.tokens[:, :n], grid=None, values=values, size=size)

@@ -63,6 +63,11 @@ class Plan:
         found = dict.fromkeys(need for stage in busy for need in stage.tower_needs)
         return [need for need in found if need.layer == layer]
 
+    def idle(self, entered: int) -> bool:
+        """Whether nothing leaves anywhere, whatever the image, and no rule stands anywhere."""
+        ruled = any(stage.attend is not None for stage in self.stages.values())
+        return not ruled and all(self._idle(layer, entered) for layer in self.stages)
+
     def _idle(self, layer: int, entered: int) -> bool:
         """Whether nothing leaves in a block, whatever the image."""
         if self.removed is not None:

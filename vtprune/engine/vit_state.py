@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -62,6 +62,10 @@ class State:
             {name: _follow(rows, left, chosen.n) for name, left in self.tokens.items()},
             self.rows,
         )
+
+    def reading(self, values: Iterable[tuple[TowerNeed, Tensor]]) -> State:
+        """Returns the same with more quantities."""
+        return replace(self, values=(*self.values, *values))
 
     @property
     def lasting(self) -> tuple[tuple[TowerNeed, Tensor], ...]:

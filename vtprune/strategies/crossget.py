@@ -56,7 +56,7 @@ class CrossGET(InBlocks):
     keys and attention; by default the former in a ViT by itself. ``tokens``: what the guide gets
     added before each block, ``[blocks, width]``: a file, a folder that holds it, the name of a
     shipped model, or a tensor; by default that of the folder that the model was loaded from, if
-    any.
+    any; zeros = a second [CLS].
     """
 
     metric: Literal["wide", "mean"] | None = None
