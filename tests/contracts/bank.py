@@ -56,6 +56,8 @@ TOWERS = {
 }
 # For strategies that no tower of a language model can serve: they read whole attention maps.
 NEEDS_MAPS = {"zero_tprune"}
+# Those, and strategies for which only shipped ViTs have weights.
+OF_VITS = NEEDS_MAPS | {"dynamicvit", "sparsifiner"}
 BY_ITSELF = "of a ViT by itself"
 EVERY = TOWERS | {
     BY_ITSELF: replace(

@@ -28,7 +28,8 @@ def turned() -> dict[str, Tensor]:
 
 
 BATCHES = {"one": tiny.one_image, "ragged": tiny.ragged, "turned": turned}
-NAMES = [name for name in strategy_names() if strategy_class(name).kind == "compute"]
+INSIDE = [name for name in strategy_names() if strategy_class(name).acts_inside]
+NAMES = [name for name in INSIDE if strategy_class(name).kind == "compute"]
 AS_EVER = RowRule()
 RULES = {
     "frozen": RowRule(attend="none", mlp=0.0),

@@ -183,7 +183,7 @@ def test_two_halves_make_the_whole_block(name):
     for skips in ((None,), ("mlp", "self_attn")):
         run = blocks.Blocks(layers, lambda block, x, mask: block(x, mask), tap.Tap({}, 1), 1)
         tiles = [
-            blocks.Tile(0, Budget(1), row, torch.arange(9), torch.ones(9).bool(), {})
+            blocks.Tile(0, [Budget(1)], row, torch.arange(9), torch.ones(9).bool(), {})
             for row in states
         ]
         with torch.no_grad():

@@ -33,7 +33,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "eemllm ffn": {"visual_rows": "ffn"},
     "zipvl": {"tau": 0.8},
 }
-VARIANTS = [name for name in strategy_names() if strategy_class(name).kind == "compute"]
+INSIDE = [name for name in strategy_names() if strategy_class(name).acts_inside]
+VARIANTS = [name for name in INSIDE if strategy_class(name).kind == "compute"]
 VARIANTS += [name for name in OPTIONS if name not in VARIANTS]
 
 

@@ -52,7 +52,8 @@ def from_golden(params: dict[str, Any], tensors: Tensors) -> dict[str, Output]:
         rows = range(batch)
         spots = [torch.arange(width)] * batch
         climb = Climb(
-            blocks, steps, states, spots, dict.fromkeys(rows, budget), {b: b for b in rows}
+            *(blocks, steps, states, spots, dict.fromkeys(rows, [budget] * len(steps))),
+            {b: b for b in rows},
         )
         kept = torch.cat([selection.rows for selection in climb.chosen()])
         features = climb.features()

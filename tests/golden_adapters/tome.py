@@ -103,7 +103,7 @@ def _climb(
             steps,
             states,
             [torch.arange(n)] * len(states),
-            dict.fromkeys(rows, budget),
+            dict.fromkeys(rows, [budget] * len(steps)),
             dict.fromkeys(rows, 0),
         )
     return climb, merges

@@ -28,7 +28,7 @@ class Tile:
 
     Attributes:
         image: the image that it is a part of.
-        budget: what is left of it in the end.
+        budgets: what is left of it after each stage.
         states: ``[prefix + n, C]``.
         alive: ``[n]`` int64, the patches that are still there, in the order of the states.
         used: ``[n]`` bool, those that may be chosen; the others leave with the first that do.
@@ -38,7 +38,7 @@ class Tile:
     """
 
     image: int
-    budget: Budget
+    budgets: Sequence[Budget]
     states: Tensor
     alive: Tensor
     used: Tensor

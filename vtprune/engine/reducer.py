@@ -81,8 +81,9 @@ class BlockReducer:
         """Goes on to the features as tokens leave; one patch passes through the tower meanwhile."""
         states, p = args[0], self.adapter.n_prefix
         busy = self._locate(states)
-        budgets = dict(zip(busy, self._budgets(busy), strict=True))
-        if all(budget.count(n := len(self.spots[b])) == n for b, budget in budgets.items()):
+        each = zip(*(self._budgets(busy, step) for step in self.steps), strict=True)
+        budgets = dict(zip(busy, each, strict=True))
+        if all(last.count(n := len(self.spots[b])) == n for b, (*_, last) in budgets.items()):
             self.chosen = [Selection.all(1, len(spots), spots.device) for spots in self.spots]
             return None
         self._refuse_masks(module, (*args[1:], *kwargs.values()))
@@ -137,7 +138,7 @@ class BlockReducer:
             {need: [value[b, self.spots[b]] for b in busy] for need, value in values.items()},
             None,
             [Selection.all(1, len(self.spots[b]), output.device) for b in busy],
-            budgets=self._budgets(busy),
+            budgets=self._budgets(busy, self.step),
             n_prefix=p,
         )
         decided = dict(zip(busy, decide(self.step, images), strict=True))
@@ -160,13 +161,13 @@ class BlockReducer:
         """Returns the tiles that the patches of an item are of."""
         return (owner[owner >= 0] // self.width).unique().tolist()
 
-    def _budgets(self, busy: Sequence[int]) -> list[Budget]:
-        """Returns the budget of each tile: its share of its item's."""
+    def _budgets(self, busy: Sequence[int], step: Step) -> list[Budget]:
+        """Returns the budget of each tile in a step: its share of its item's."""
         shares: dict[int, Budget] = {}
         for owner in self.owners:
             tiles = self._tiles(owner)
             lengths = [len(self.spots[b]) for b in tiles]
-            shares |= dict(zip(tiles, self.step.budget.split(lengths), strict=True))
+            shares |= dict(zip(tiles, step.budget.split(lengths), strict=True))
         return [shares[b] for b in busy]
 
     def refuse(self, needs: Sequence[TowerNeed]) -> None:

@@ -25,7 +25,7 @@ class Climb:
         steps: in order of their blocks, all of one strategy.
         states: ``[tiles, prefix + N, C]`` that enter the block of the first.
         spots: per tile the patches that may be chosen; a tile with none leaves at once.
-        budgets: of the other tiles; ``images``: which they are a part of.
+        budgets: of the other tiles, one per stage; ``images``: which they are a part of.
 
     Attributes:
         renewed: last block in which new tokens were made, -1 = none. Of it and those before they
@@ -38,7 +38,7 @@ class Climb:
         steps: Sequence[Step],
         states: Tensor,
         spots: Sequence[Tensor],
-        budgets: Mapping[int, Budget],
+        budgets: Mapping[int, Sequence[Budget]],
         images: Mapping[int, int],
     ) -> None:
         self.blocks, self.spots, self.shape, self.renewed = blocks, spots, states.shape, -1
@@ -51,13 +51,13 @@ class Climb:
         self.tiles = {
             b: Tile(
                 images[b],
-                budget,
+                each,
                 states[b],
                 patches,
                 torch.isin(patches, spots[b]),
                 {need: value[b] for need, value in read.items()},
             )
-            for b, budget in budgets.items()
+            for b, each in budgets.items()
         }
         self._run(dict(zip(self.layers, steps, strict=True)))
         self._give_back()
@@ -140,7 +140,7 @@ def _cut(step: Step, tiles: Sequence[Tile], inside: Inside, n_prefix: int) -> bo
         None,
         [Selection.all(1, len(spot), spot.device) for spot in spots],
         inside,
-        budgets=[tile.budget for tile in tiles],
+        budgets=[tile.budgets[inside.stage] for tile in tiles],
         n_prefix=n_prefix,
         owners=[tile.image for tile in tiles],
         sizes=[tile.sizes[spot] for tile, spot in both],

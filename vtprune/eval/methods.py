@@ -41,6 +41,7 @@ CASES = {
     "where images differ in size": replace(LLAVA, n_tokens=None),
 }
 SITES = {Site.ENCODER: "tower", Site.PROJECTOR: "projector", Site.DECODER: "language model"}
+BASELINE = "baseline"
 _PAPER = re.compile(r"arXiv (\d{4}\.\d{5})")
 
 
@@ -54,7 +55,6 @@ def table() -> str:
 def row(name: str) -> tuple[str, ...]:
     """Returns the cells of a strategy, in the order of ``COLUMNS``."""
     strategy, text = build(name), _text(name)
-    paper = _PAPER.search(text)
     return (
         f"`{name}`",
         text.partition("\n")[0],
@@ -62,9 +62,16 @@ def row(name: str) -> tuple[str, ...]:
         _cell(strategy, _needs),
         _tokens(name),
         strategy.positions,
-        f"[{paper[1]}](https://arxiv.org/abs/{paper[1]})" if paper else "baseline",
+        _paper(text),
         _defaults(name),
     )
+
+
+def _paper(text: str) -> str:
+    """Returns where a strategy was published."""
+    if paper := _PAPER.search(text):
+        return f"[{paper[1]}](https://arxiv.org/abs/{paper[1]})"
+    return BASELINE if BASELINE in text else "not found"
 
 
 def _tokens(name: str) -> str:
@@ -77,7 +84,7 @@ def _tokens(name: str) -> str:
 
 def _rank(name: str) -> tuple[bool, int, bool, str]:
     first, computes = build(name).plan(LLAVA)[0].site, strategy_class(name).kind == "compute"
-    return _PAPER.search(_text(name)) is not None, list(SITES).index(first), computes, name
+    return _paper(_text(name)) != BASELINE, list(SITES).index(first), computes, name
 
 
 def _text(name: str) -> str:

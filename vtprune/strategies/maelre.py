@@ -6,9 +6,9 @@ columns added up and rows averaged, and stands for the attention of what is left
 short enough, all later blocks attend exactly and merge nothing. Patches at even places of the
 sequence look for the most similar one at an odd place, by the cosine of their keys (mean over
 heads), as in ToMe; the mean is weighted by the patches that each token stands for. This is the
-project's own baseline: its reading of the abstract of MAELRE (progressive token merging with
-attention approximation on long inputs, full attention once short), whose text and code could not be
-found, and without the training that it speaks of. In the tower of a language model, which gives no
+project's own reading of the abstract of MAELRE (progressive token merging with attention
+approximation on long inputs, full attention once short), whose text and code could not be found,
+and without the training that it speaks of. In the tower of a language model, which gives no
 attention maps, tokens merge at the end of a block. ``keep`` is what is left in the end, exactly:
 blocks merge a larger share where theirs would not lead there. Where a visual token is made of
 several patches, projected tokens are merged in one go. Defaults: the project's own.
