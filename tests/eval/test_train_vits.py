@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import vtprune
 from vtprune.errors import ConfigError
 from vtprune.eval import mini_vit, train_vits
+from vtprune.eval.cli import app
 from vtprune.eval.train_loop import Stage
 from vtprune.eval.train_sparsifiner import SparsifinerTrainer
 from vtprune.eval.train_vit import shown
@@ -86,3 +88,13 @@ def test_what_is_no_such_vit_is_refused(tmp_path: Path) -> None:
         train_vits.train_vit("sparsifiner", "mini-llava", tmp_path / "x")
     with pytest.raises(ConfigError, match="there is no folder"):
         train_vits.train_vit("sparsifiner", "mini-vit", tmp_path / "no" / "x")
+
+
+def test_options_of_other_trainers_are_refused() -> None:
+    for option, said in (
+        (["--dtype", "bfloat16"], "is trained in"),
+        (["--form", "shared"], "form"),
+    ):
+        given = ["train", "sparsifiner", "--model", "mini-vit", *option]
+        result = CliRunner().invoke(app, given)
+        assert result.exit_code == 2 and said in result.stderr

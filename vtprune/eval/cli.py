@@ -24,11 +24,9 @@ from vtprune.eval import doctor as checking
 from vtprune.eval import samples, shipped
 from vtprune.eval import scenes as making
 from vtprune.eval import show as showing
-from vtprune.eval import train_gates as gating
-from vtprune.eval import train_saisa as projecting
-from vtprune.eval import train_vits as in_vits
 from vtprune.eval.asked import asked
 from vtprune.eval.budgets import BUDGETS, STRATEGIES, Point, parse_keep, split
+from vtprune.eval.cli_train import Device, Dtype, Model, train
 from vtprune.eval.export import write_parquet
 from vtprune.eval.output import progress_bar, write_output
 from vtprune.eval.results import Folder, check_folder, write_whole
@@ -55,7 +53,6 @@ class _Commands(TyperGroup):
 app = typer.Typer(
     cls=_Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
 )
-Model = Annotated[str, typer.Option(help="Shipped model, directory of a saved one, or hub id.")]
 
 
 def _version(asked: bool) -> None:
@@ -97,8 +94,8 @@ def sweep(
     hint: Annotated[
         str, typer.Option(help="Text after every question, such as 'Answer with one word.'")
     ] = "",
-    device: Annotated[str, typer.Option(help="As torch names it.")] = "cpu",
-    dtype: Annotated[str, typer.Option(help=f"One of {', '.join(shipped.DTYPES)}.")] = "float32",
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
 ) -> None:
     """Accuracy against token budget on held-out samples: table, plot and files."""
     console = Console()
@@ -198,8 +195,8 @@ def calibrate(
     limit: Annotated[int, typer.Option(min=1, help="Samples.")] = 40,
     batch_size: Annotated[int, typer.Option(min=1, help="Samples per batch.")] = 8,
     out: Annotated[Path, typer.Option(help="File to write, .json.")] = Path("shortv.json"),
-    device: Annotated[str, typer.Option(help="As torch names it.")] = "cpu",
-    dtype: Annotated[str, typer.Option(help=f"One of {', '.join(shipped.DTYPES)}.")] = "float32",
+    device: Device = "cpu",
+    dtype: Dtype = "float32",
 ) -> None:
     """Measure which layers of a model do least to visual tokens, and write their order."""
     if strategy != "shortv":
@@ -224,67 +221,7 @@ def calibrate(
     console.print(f"File: {escape(str(out))}; wrap(model, 'shortv', layers=...) takes the first.")
 
 
-@app.command()
-def train(
-    strategy: Annotated[
-        str,
-        typer.Argument(
-            help="dyvte: its gates; saisa: its projectors; sparsifiner, dynamicvit, crossget: what "
-            "they add to a ViT; dependencyvit: a ViT of its own."
-        ),
-    ],
-    model: Model = shipped.DEFAULT,
-    samples: Annotated[
-        int | None,
-        typer.Option(
-            min=8,
-            help="Scenes: 512, of which a quarter calibrates; of saisa 12000; of the strategies "
-            "for ViTs pictures, "
-            f"{', '.join(f'{n} of {name}' for name, n in in_vits.PICTURES.items())}.",
-        ),
-    ] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            help="File to write, by default .safetensors named by what it holds, or the folder of "
-            "dependencyvit; resumed beside it."
-        ),
-    ] = None,
-    form: Annotated[
-        str | None, typer.Option(help="Gates: shared (a small one, the default) or per_layer.")
-    ] = None,
-    seed: Annotated[int, typer.Option(min=0, max=10**9, help="Of the weights.")] = 0,
-    device: Annotated[str, typer.Option(help="As torch names it.")] = "cpu",
-    dtype: Annotated[str, typer.Option(help=f"One of {', '.join(shipped.DTYPES)}.")] = "float32",
-) -> None:
-    """Train what a strategy asks of a model, from answers that the model gives itself."""
-    known = ("dyvte", "saisa", *in_vits.PICTURES)
-    if strategy not in known:
-        strategy_class(strategy)
-        raise ConfigError(f"{strategy} has nothing to train; only {', '.join(known)} do.")
-    gates = strategy == "dyvte"
-    if form is not None and not gates:
-        raise ConfigError(f"--form {form} is of the gates of dyvte; leave it out for {strategy}.")
-    if strategy in in_vits.PICTURES:
-        out = out or Path(in_vits.OUT[strategy])
-        in_vits.train_vit(strategy, model, out, samples=samples, seed=seed, device=device)
-        use = f"wrap(model, '{strategy}', {in_vits.USE[strategy]})"
-        typer.echo(f"Written: {out}; {use}.")
-        return
-    out = out or Path("gates.safetensors" if gates else "projectors.safetensors")
-    number = samples or (512 if gates else 12000)
-    console = Console(highlight=False, soft_wrap=True)
-    with progress_bar(console) as progress:
-        bar = progress.add_task("samples", total=number)
-        how: dict[str, Any] = {"samples": number, "seed": seed, "device": device, "dtype": dtype}
-        how["advance"] = lambda n: progress.advance(bar, n)
-        if gates:
-            lines = gating.told(gating.train_dyvte(model, out, form=form or "shared", **how))
-        else:
-            lines = projecting.told(projecting.train_saisa(model, out, **how))
-    console.print("\n".join(lines))
-    use = "keep=..., gates=FILE" if gates else "projectors=FILE"
-    console.print(f"File: {escape(str(out))}; wrap(model, '{strategy}', {use}).")
+app.command()(train)
 
 
 @app.command("list")
