@@ -98,7 +98,7 @@ def test_a_strategy_that_insists_on_cls_is_refused_where_there_is_none() -> None
 def test_the_file_names_its_paper_and_the_class_its_fields(name: str) -> None:
     cls = strategy_class(name)
     text = inspect.getdoc(sys.modules[cls.__module__]) or ""
-    assert re.search(r"arXiv \d{4}\.\d{4,5}|\bbaseline\b", text)
+    assert re.search(r"arXiv \d{4}\.\d{4,5}|\bbaseline\b|\bown reading\b", text)
     assert cls.__doc__
     assert not cls.__doc__.startswith(f"{cls.__name__}(")  # the one that dataclass makes up
     for option in set(cls.options()) - set(Strategy.options()):

@@ -115,6 +115,7 @@ def test_options_out_of_range(options: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("name", ["vit", "siglip_map", "open_clip"])
+@pytest.mark.slow
 def test_it_compiles_to_one_graph(name: str) -> None:
     model, x = build(name), images()
     with wrap(model, "crossget", reduce=8):

@@ -126,6 +126,7 @@ def test_everything_learns_through_a_wrapped_vit() -> None:
         assert float(p.grad.abs().sum()) > 0, name
 
 
+@pytest.mark.slow
 def test_it_compiles_to_one_graph() -> None:
     model = averaging()
     with wrap(model, "dependencyvit", keep=0.4, messengers=messengers()):

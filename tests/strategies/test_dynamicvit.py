@@ -100,6 +100,7 @@ def test_images_are_by_themselves_and_nan_does_no_harm() -> None:
         torch.testing.assert_close(answer(model, x)[1:], together[1:], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_it_compiles_to_one_graph() -> None:
     model = build("vit")
     with wrap(model, "dynamicvit", keep=0.4, keepers=keepers()):

@@ -92,6 +92,7 @@ def test_the_map_of_a_block_is_that_of_what_enters_it() -> None:
 
 
 @pytest.mark.parametrize("name", ["siglip_map", "dinov3", "open_clip"])
+@pytest.mark.slow
 def test_it_compiles_to_one_graph(name: str) -> None:
     model, x = build(name), images()
     with wrap(model, "mctf", reduce=8):

@@ -124,6 +124,7 @@ def test_images_are_by_themselves_and_nan_does_no_harm() -> None:
 
 
 @pytest.mark.parametrize("options", [{}, {"heads": 0.5, "values": 0.5, "bits": (6, 4)}])
+@pytest.mark.slow
 def test_it_compiles_to_one_graph(options: dict[str, Any]) -> None:
     model = build("vit")
     with wrap(model, "spatten", keep=0.4, **options):

@@ -134,6 +134,7 @@ def test_it_sees_the_maps_of_the_block_that_it_acts_after() -> None:
     torch.testing.assert_close(seen[0], shown[0], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_it_compiles_to_one_graph() -> None:
     model, x = build("vit"), images()
     with wrap(model, "zero_tprune", keep=0.5):

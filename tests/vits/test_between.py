@@ -50,6 +50,7 @@ def test_a_share_of_operations_is_saved(variant: str) -> None:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.slow
 def test_static_counts_compile_to_one_graph(variant: str) -> None:
     strategy, options = VARIANTS[variant]
     model, x = build("vit"), images()
