@@ -8,7 +8,7 @@ demo: $(STAMP)
 	$(VENV)/bin/vtprune sweep --out runs/demo
 
 test: $(STAMP)
-	$(VENV)/bin/pytest -n auto --maxprocesses 4 --dist loadgroup
+	$(VENV)/bin/pytest -n auto --maxprocesses 4
 
 $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
