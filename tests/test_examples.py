@@ -232,6 +232,7 @@ def test_vit_example_takes_a_name_of_timm(tmp_path: Path) -> None:
     assert "9 of 196 patches are left" in out and "strided: [2, 1000]" in out
 
 
+@pytest.mark.slow
 def test_vit_benchmark_prints_every_call(tmp_path: Path) -> None:
     pytest.importorskip("timm")
     small = ["--model", "vit_tiny_patch16_224", "--batch", "2", "--rounds", "1"]
@@ -252,6 +253,7 @@ def test_examples_are_short(path: Path) -> None:
     assert len(path.read_text(encoding="utf-8").splitlines()) < 60
 
 
+@pytest.mark.slow
 def test_prefill_benchmark_prints_every_call(tmp_path: Path) -> None:
     small = ["--rounds", "1", "--blocks", "2", "--layers", "1", "--width", "64", "--keep", "16"]
     script = ROOT / "benchmarks" / "prefill.py"
@@ -273,6 +275,7 @@ def test_prefill_benchmark_prints_every_call(tmp_path: Path) -> None:
     assert float(costs[1][3]) == round(2 * 48 * 64 * 4 / 2**20, 2)
 
 
+@pytest.mark.slow
 def test_what_is_kept_follows_things_and_counts(tmp_path: Path) -> None:
     few = ["--limit", "20", "--strategy", "random", "todre"]
     out = run(ROOT / "benchmarks" / "what_is_kept.py", tmp_path, *few)

@@ -212,6 +212,7 @@ def run_suite(*folders: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_the_option_runs_counts_and_fails(tmp_path: Path, toy: Case) -> None:
     method = min(PENDING)
     write_case(tmp_path / "waiting", method=method, in_x=torch.ones(1), out_keep=torch.ones(1))

@@ -37,6 +37,7 @@ def on_card(name, column):
     return float(row[1].split("|")[column].split()[0]) / 100
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", shipped.vlm_names())
 def test_a_model_is_an_instrument_and_does_what_its_card_says(name):
     measured = summaries(name)
