@@ -14,7 +14,6 @@ import platform
 import shlex
 import statistics
 import sys
-import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +22,7 @@ import torch
 from torch import Tensor
 
 import vtprune
+from vtprune.engine.instance import now
 from vtprune.registry import strategy_class, strategy_names
 
 OFFICIAL = (13, 16)  # tokens that leave per block in ToMe's paper
@@ -71,13 +71,6 @@ def timed(model: Any, pixels: Tensor) -> float:
     began = now(pixels.device)
     model(pixels)
     return now(pixels.device) - began
-
-
-def now(device: torch.device) -> float:
-    """Returns seconds, after everything queued on the device is done."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 def one(model: Any, pixels: Tensor, call: Call) -> tuple[float, Any]:

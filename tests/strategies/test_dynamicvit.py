@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import vtprune
-from tests.vits.models import PATCHES, answer, build, images, wrap
+from tests.vits.models import PATCHES, answer, assert_one_graph, build, images, wrap
 from vtprune.errors import ConfigError, InputError, UnsupportedError
 from vtprune.eval import tiny
 from vtprune.scoring.keeping import Keeper
@@ -104,10 +104,7 @@ def test_images_are_by_themselves_and_nan_does_no_harm() -> None:
 def test_it_compiles_to_one_graph() -> None:
     model = build("vit")
     with wrap(model, "dynamicvit", keep=0.4, keepers=keepers()):
-        expected = answer(model, images())
-        torch._dynamo.reset()
-        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-        torch.testing.assert_close(answer(compiled, images()), expected, rtol=1e-4, atol=1e-5)
+        assert_one_graph(model, images())
 
 
 def test_where_towers_cannot_be_cut_it_is_refused() -> None:

@@ -15,7 +15,7 @@ from tests.golden_harness import GoldenError, check, find_adapter, find_cases
 from vtprune.engine import blocks
 from vtprune.registry import build
 from vtprune.scoring import matching
-from vtprune.strategies import tome
+from vtprune.strategies import _blocks
 from vtprune.types import Budget, Facts, Inside, Keys, Selection, Signals, Site
 
 CLIP = Facts(24, 22, True, Facts.signals_of(cls_row=True))
@@ -91,8 +91,8 @@ def other_halves(n: int, n_prefix: int, device: Any = None) -> tuple[Tensor, Ten
 @pytest.mark.parametrize(
     ("where", "name", "fault", "cases"),
     [
-        (tome, "averaged", unweighted, {"c2_cls_sizes_r40", "c3_vit4_r8"}),
-        (tome, "averaged", in_raster_order, {"c3_vit4_r8"}),
+        (_blocks, "averaged", unweighted, {"c2_cls_sizes_r40", "c3_vit4_r8"}),
+        (_blocks, "averaged", in_raster_order, {"c3_vit4_r8"}),
         (matching, "halves", other_halves, {"c1_cls_r16", "c2_cls_sizes_r40", "c3_vit4_r8"}),
         (blocks, "_log_sizes", lambda tiles, n_prefix: None, {"c3_vit4_r8"}),
     ],

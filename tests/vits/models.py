@@ -128,6 +128,14 @@ def wrap(model: Any, *args: Any, **kwargs: Any) -> ViTHandle:
     return handle
 
 
+def assert_one_graph(model: Any, x: Tensor, backend: str = "aot_eager") -> None:
+    """The wrapped model compiles as a whole, and answers as it does without."""
+    expected = answer(model, x)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, fullgraph=True, backend=backend)
+    torch.testing.assert_close(answer(compiled, x), expected, rtol=1e-4, atol=1e-5)
+
+
 @torch.no_grad()
 def answer(model: Any, x: Tensor) -> Tensor:
     """What the model is for: logits, an embedding, or what it pools."""

@@ -6,12 +6,10 @@ open_clip, which comes with the extra ``vit``.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from vtprune.eval import mini_vit
@@ -63,10 +61,7 @@ def build_model(seed: int = 0) -> Any:
 
 def save(model: nn.Module, folder: Path) -> None:
     """Writes the configuration and the weights to ``folder``."""
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / FILES[0]).write_text(json.dumps(CONFIG, indent=2) + "\n", encoding="utf-8")
-    weights = {name: tensor.contiguous().cpu() for name, tensor in model.state_dict().items()}
-    save_file(weights, folder / FILES[1], metadata={"format": "pt"})
+    mini_vit.save_with(model, folder, FILES, CONFIG)
 
 
 def load(folder: Path) -> Any:

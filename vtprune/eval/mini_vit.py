@@ -73,10 +73,15 @@ def build_model(seed: int = 0) -> Any:
 
 def save(model: nn.Module, folder: Path) -> None:
     """Writes ``config.json`` and ``model.safetensors`` to ``folder``."""
+    save_with(model, folder, FILES, CONFIG)
+
+
+def save_with(model: nn.Module, folder: Path, files: Sequence[str], config: Any) -> None:
+    """Writes a configuration and the weights to ``folder``, in ``files`` of these names."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / FILES[0]).write_text(json.dumps(CONFIG, indent=2) + "\n", encoding="utf-8")
+    (folder / files[0]).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     weights = {name: tensor.contiguous().cpu() for name, tensor in model.state_dict().items()}
-    save_file(weights, folder / FILES[1], metadata={"format": "pt"})
+    save_file(weights, folder / files[1], metadata={"format": "pt"})
 
 
 def load(folder: Path) -> Any:

@@ -9,13 +9,11 @@ are averaged, each as loud as it is. Stages, each resumed from its last checkpoi
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import vtprune
@@ -80,11 +78,7 @@ class DependencyViTTrainer(Trainer):
         }
 
     def save(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(CONFIG, indent=2) + "\n"
-        (folder / mini_vit.FILES[0]).write_text(text, encoding="utf-8")
-        weights = {name: x.contiguous().cpu() for name, x in self.model.state_dict().items()}
-        save_file(weights, folder / mini_vit.FILES[1], metadata={"format": "pt"})
+        mini_vit.save_with(self.model, folder, mini_vit.FILES, CONFIG)
         write(self.heads.messengers.state_dict(), folder / MESSENGERS.file)
 
 

@@ -5,8 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from vtprune.scoring.matching import n_staying
-from vtprune.types import Budget, Facts, Need, Scope, Signals, Site, Stage, Strategy, TowerNeed
+from vtprune.scoring.matching import ascending, averaged, merge_down, n_staying
+from vtprune.types import (
+    Budget,
+    Facts,
+    Keys,
+    Need,
+    Scope,
+    Selection,
+    Signals,
+    Site,
+    Stage,
+    Strategy,
+    TowerNeed,
+)
 
 
 @dataclass(frozen=True)
@@ -61,3 +73,16 @@ class InBlocks(Strategy):
             n_staying(signals.n, n, budget.count(n), inside.stage, len(inside.layers))
             for n in inside.entered
         ]
+
+
+def merged_by_keys(signals: Signals, k: int) -> Selection:
+    """Merges tokens at even places into those at odd ones that their keys resemble most.
+
+    Between blocks the outputs wait in the order of the halves; elsewhere they are ascending.
+    """
+    keys = signals.stack(Keys)[-1]  # [B, N, d]
+    size = keys.new_ones(keys.shape[:2]).float() if signals.size is None else signals.size
+    rows, into = merge_down(keys, size, k, signals.n_prefix)
+    if signals.inside is None:
+        rows, into = ascending(rows, into)
+    return averaged(rows, into, size)

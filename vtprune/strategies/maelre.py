@@ -20,8 +20,8 @@ import math
 from dataclasses import dataclass
 
 from vtprune.errors import ConfigError
-from vtprune.scoring.matching import ascending, averaged, merge_down
 from vtprune.strategies._ahead import Ahead
+from vtprune.strategies._blocks import merged_by_keys
 from vtprune.types import Budget, Facts, Keys, Selection, Signals, TowerNeed
 
 
@@ -55,9 +55,4 @@ class MAELRE(Ahead):
         ]
 
     def select(self, signals: Signals, k: int) -> Selection:
-        keys = signals.stack(Keys)[-1]  # [B, N, d]
-        size = keys.new_ones(keys.shape[:2]).float() if signals.size is None else signals.size
-        rows, into = merge_down(keys, size, k, signals.n_prefix)
-        if signals.inside is None:
-            rows, into = ascending(rows, into)
-        return averaged(rows, into, size)
+        return merged_by_keys(signals, k)

@@ -16,8 +16,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from vtprune.scoring.matching import ascending, averaged, merge_down
-from vtprune.strategies._blocks import InBlocks
+from vtprune.strategies._blocks import InBlocks, merged_by_keys
 from vtprune.types import Facts, Keys, Selection, Signals, TowerNeed
 
 
@@ -38,9 +37,4 @@ class ToMe(InBlocks):
         return (Keys(layer),)
 
     def select(self, signals: Signals, k: int) -> Selection:
-        keys = signals.stack(Keys)[-1]  # [B, N, d]
-        size = keys.new_ones(keys.shape[:2]).float() if signals.size is None else signals.size
-        rows, into = merge_down(keys, size, k, signals.n_prefix)
-        if signals.inside is None:
-            rows, into = ascending(rows, into)
-        return averaged(rows, into, size)
+        return merged_by_keys(signals, k)
