@@ -1,7 +1,8 @@
 """Images per second of a ViT against its GFLOPs: unpruned, and every strategy that fits.
 
 The model is timm's DeiT-S with random weights, which change no time. Strategies save a share of the
-FLOPs (``--saved``); those that count by the image get ``--keep`` instead. ToMe is also run as its
+FLOPs (``--saved``); those that count by the image get ``--keep`` instead, and what is trained for
+some is random here, as the ViT is. ToMe is also run as its
 authors run it, with 13 and with 16 tokens less after each block. Calls are interleaved (one of each
 per round), so that a slow spell of the machine hits all of them alike; ratios are taken within a
 round. Installing a strategy is not timed, choosing and merging are.
@@ -14,16 +15,19 @@ import platform
 import shlex
 import statistics
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import timm
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import vtprune
 from vtprune.engine.instance import now
+from vtprune.eval import train_sparsifiner
 from vtprune.registry import strategy_class, strategy_names
+from vtprune.scoring.keeping import Keeper
+from vtprune.strategies.dynamicvit import BEFORE
 
 OFFICIAL = (13, 16)  # tokens that leave per block in ToMe's paper
 
@@ -36,10 +40,25 @@ class Call:
     strategy: str | None = None
     keep: float | None = None
     reduce: int | float | None = None
+    options: dict[str, Any] = field(default_factory=dict, hash=False)
 
     def install(self, model: Any) -> Any:
         """Returns the handle."""
-        return vtprune.wrap(model, self.strategy or "strided", keep=self.keep, reduce=self.reduce)
+        budget = {"keep": self.keep, "reduce": self.reduce}
+        return vtprune.wrap(model, self.strategy or "strided", **budget, **self.options)
+
+
+def untrained(name: str, model: Any, where: dict[str, Any]) -> dict[str, Any]:
+    """Returns options that stand for what a strategy has to be trained for."""
+    if name == "dynamicvit":
+        heads = [Keeper(model.embed_dim) for _ in BEFORE]
+        return {"keepers": nn.ModuleList(heads).to(**where)}
+    if name == "sparsifiner":
+        tokens = model.pos_embed.shape[1]
+        d = model.blocks[0].attn.head_dim
+        heads = [train_sparsifiner.begin(tokens, d) for _ in model.blocks]
+        return {"predictors": nn.ModuleList(heads).to(**where)}
+    return {}
 
 
 def fitting(
@@ -49,14 +68,18 @@ def fitting(
     found, refused, reason = [], [], ""
     for name in names:
         computes = strategy_class(name).kind == "compute"  # whose options say how much
-        calls = [Call(name, name, reduce=saved), Call(f"{name} (keep {keep:g})", name, keep)]
-        for call in [Call(name, name)] if computes else calls:
+        options = untrained(name, model, {"device": pixels.device})
+        calls = [
+            Call(name, name, reduce=saved, options=options),
+            Call(f"{name} (keep {keep:g})", name, keep, options=options),
+        ]
+        for call in [Call(name, name, options=options)] if computes else calls:
             try:
                 report = one(model, pixels[:1], call)[1]  # some say only now what they cannot do
             except vtprune.VTPruneError as error:
                 reason = str(error)
                 continue
-            if report.tower().share < 1:
+            if computes or report.tower().share < 1:
                 found.append(call)
                 break
             reason = "it acts on what leaves the last block, so that nothing is saved."

@@ -237,12 +237,14 @@ def test_vit_benchmark_prints_every_call(tmp_path: Path) -> None:
     pytest.importorskip("timm")
     small = ["--model", "vit_tiny_patch16_224", "--batch", "2", "--rounds", "1"]
     script = ROOT / "benchmarks" / "vit.py"
-    out = run(script, tmp_path, *small, "--strategies", "tome", "strided", "prumerge", "fastv")
+    names = ["tome", "strided", "prumerge", "fastv", "dynamicvit", "sparsifiner"]
+    out = run(script, tmp_path, *small, "--strategies", *names)
     rows = re.findall(r"^\| ([\w .()=]+) \| ([\d.]+) \| ([\d.]+) \|", out, re.MULTILINE)
-    names = ["unpruned", "tome", "strided", "tome r=13", "tome r=16"]
-    assert [row[0] for row in rows] == names
-    whole, *halves = (float(row[1]) for row in rows)
-    assert 0.45 * whole < halves[0] <= 0.5 * whole + 0.01
+    fitting = ["tome", "strided", "dynamicvit", "sparsifiner"]
+    assert [row[0] for row in rows] == ["unpruned", *fitting, "tome r=13", "tome r=16"]
+    whole, *halves = (float(row[1]) for row in rows[:4])
+    assert all(0.45 * whole < half <= 0.5 * whole + 0.01 for half in halves)
+    assert rows[4][2] == "100.0"  # sparsifiner masks what it computed
     assert "tome r=13: 197, 184, 171, " in out and ", 53, 37, 21\n" in out
     assert "prumerge left out: it acts on what leaves the last block" in out
     assert "fastv left out: " in out
