@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from vtprune.errors import ConfigError, InputError
 from vtprune.kernels._common import full_precision
 from vtprune.scoring.exits import threshold_for
-from vtprune.trained import Trained, stamp, write
+from vtprune.trained import Trained, write
 
 Form = Literal["shared", "per_layer"]
 FILE = "dyvte_gates.safetensors"
@@ -121,14 +121,12 @@ def load(name: str, device: torch.device | str = "cpu") -> Gates:
     Raises:
         ConfigError: no such file, or one that holds no gates.
     """
-    path = KIND.find(name)
-    return _load(path, stamp(path), torch.device(device))
+    return KIND.read(name, str(torch.device(device)), _load)
 
 
-@lru_cache(maxsize=4)
-def _load(path: Path, changed: tuple[int, int], device: torch.device) -> Gates:
+def _load(path: Path, device: str) -> Gates:
     try:
-        tensors = load_file(path, device=str(device))
+        tensors = load_file(path, device=device)
         margins = tensors.pop("margins", None)
         gates = _empty(tensors)
         gates.load_state_dict(tensors, assign=True)

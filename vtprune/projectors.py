@@ -8,7 +8,6 @@ of the vision tower. Between the two is a GELU. The authors' H is D.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import cast
 
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 from vtprune.errors import ConfigError, InputError
 from vtprune.kernels._common import full_precision
 from vtprune.needs import TowerNeed
-from vtprune.trained import Trained, stamp, write
+from vtprune.trained import Trained, write
 
 TRAIN = "Train some with 'vtprune train saisa --model ... --out FILE' and give projectors=FILE."
 KIND = Trained("projectors", "saisa_projectors.safetensors", TRAIN)
@@ -117,14 +116,12 @@ def load(source: str | Projectors | None, device: torch.device | str = "cpu") ->
         return source
     if source is None:
         raise ConfigError(f"saisa has no projectors for this model. {TRAIN}")
-    path = KIND.find(source)
-    return _load(path, stamp(path), torch.device(device))
+    return KIND.read(source, str(torch.device(device)), _load)
 
 
-@lru_cache(maxsize=4)
-def _load(path: Path, changed: tuple[int, int], device: torch.device) -> Projectors:
+def _load(path: Path, device: str) -> Projectors:
     try:
-        tensors = load_file(path, device=str(device))
+        tensors = load_file(path, device=device)
         projectors = _empty(tensors)
         projectors.load_state_dict(tensors, assign=True)
     except (SafetensorError, KeyError, ValueError, RuntimeError) as error:

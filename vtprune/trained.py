@@ -6,8 +6,8 @@ import os
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -16,6 +16,9 @@ from torch import Tensor, nn
 
 from vtprune.errors import ConfigError
 
+T = TypeVar("T")
+MOST = 8  # that are held in memory
+_READ: dict[tuple[str, str, str], tuple[Any, Any]] = {}  # the file as it was, what was read
 SHIPPED = Path(__file__).parent / "eval" / "models"  # a folder per model, its weights in it
 
 
@@ -61,16 +64,30 @@ class Trained:
         Raises:
             ConfigError: there is none, or it is no safetensors file.
         """
+        return self.read(name, "cpu", self._tensors)
+
+    def read(self, name: str, device: str, read: Callable[[Path, str], T]) -> T:
+        """Returns what ``read`` finds in the file, which it reads once, and again when it changes.
+
+        Under ``torch.compile`` that is what the last call found: a graph looks at no file.
+        """
+        key = (self.what, name, device)
+        if torch.compiler.is_compiling() and key in _READ:
+            return _READ[key][1]
         path = self.find(name)
+        stat = path.stat()
+        now = (path, stat.st_mtime_ns, stat.st_size)
+        if key not in _READ or _READ[key][0] != now:
+            while len(_READ) >= MOST:
+                del _READ[next(iter(_READ))]
+            _READ[key] = now, read(path, device)
+        return _READ[key][1]
+
+    def _tensors(self, path: Path, device: str) -> dict[str, Tensor]:
         try:
-            return _tensors(path, stamp(path))
+            return load_file(path, device=device)
         except SafetensorError as error:
             raise ConfigError(f"{path} is no safetensors file ({error}). {self.train}") from error
-
-
-@lru_cache(maxsize=8)
-def _tensors(path: Path, changed: tuple[int, int]) -> dict[str, Tensor]:
-    return load_file(path)
 
 
 @dataclass(frozen=True)
@@ -95,26 +112,21 @@ class Modules(Trained):
             return source
         if source is None:
             raise ConfigError(f"There are no {self.what} for this model. {self.train}")
-        path = self.find(source)
-        return _modules(self, path, stamp(path), torch.device(device))
+        return self.read(source, str(torch.device(device)), self._modules)
 
-
-@lru_cache(maxsize=8)
-def _modules(
-    kind: Modules, path: Path, changed: tuple[int, int], device: torch.device
-) -> nn.ModuleList:
-    each: dict[int, dict[str, Tensor]] = defaultdict(dict)
-    try:
-        for name, tensor in load_file(path, device=str(device)).items():
-            number, _, rest = name.partition(".")
-            each[int(number)][rest] = tensor
-        made = [_filled(kind, each[i]) for i in range(len(each))]
-    except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise ConfigError(
-            f"{path} holds no {kind.what} that fit together: {reason}. {kind.train}"
-        ) from error
-    return nn.ModuleList(made).requires_grad_(False).eval()
+    def _modules(self, path: Path, device: str) -> nn.ModuleList:
+        each: dict[int, dict[str, Tensor]] = defaultdict(dict)
+        try:
+            for name, tensor in load_file(path, device=device).items():
+                number, _, rest = name.partition(".")
+                each[int(number)][rest] = tensor
+            made = [_filled(self, each[i]) for i in range(len(each))]
+        except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise ConfigError(
+                f"{path} holds no {self.what} that fit together: {reason}. {self.train}"
+            ) from error
+        return nn.ModuleList(made).requires_grad_(False).eval()
 
 
 def _filled(kind: Modules, tensors: Mapping[str, Tensor]) -> nn.Module:
@@ -122,12 +134,6 @@ def _filled(kind: Modules, tensors: Mapping[str, Tensor]) -> nn.Module:
         module = kind.make(tensors)
     module.load_state_dict(dict(tensors), assign=True)
     return module
-
-
-def stamp(path: Path) -> tuple[int, int]:
-    """Returns what changes with the file, so that it is read again."""
-    stat = path.stat()
-    return stat.st_mtime_ns, stat.st_size
 
 
 def write(tensors: Mapping[str, Tensor], path: Path) -> None:

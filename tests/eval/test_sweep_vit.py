@@ -155,6 +155,18 @@ def test_reduce_alone_takes_no_keep(run, tmp_path, monkeypatch):
     assert budgets == ["100%"] * 2 + ["reduce=8"] * 2 + ["reduce=0.3"] * 2
 
 
+def test_a_dependencyvit_is_whole_with_its_messengers_and_takes_nothing_else(tmp_path):
+    loaded = shipped.load("mini-dependencyvit")
+    chosen = [CEILING, Point("dependencyvit", "50%")]
+    _, folder = swept(loaded, chosen, tmp_path / "a", "objects")
+    right = {point: [r.right for r in folder.answers.rows if r.point == point] for point in chosen}
+    with vtprune.wrap(loaded[0], "dependencyvit", keep=1.0):
+        assert right[CEILING] == mini_vit.right(loaded[0], N)
+    assert sum(right[CEILING]) > N / 2 > sum(mini_vit.right(loaded[0], N))
+    with pytest.raises(ConfigError, match="random does not fit this ViT"):
+        swept(loaded, POINTS, tmp_path / "b", "objects")
+
+
 def _interrupted(self, point, batch):
     raise KeyboardInterrupt
 

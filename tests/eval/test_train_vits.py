@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 import vtprune
 from vtprune.errors import ConfigError
-from vtprune.eval import mini_vit, train_vits
+from vtprune.eval import mini_vit, shipped, train_vits
 from vtprune.eval.cli import app
 from vtprune.eval.train_loop import Stage
 from vtprune.eval.train_sparsifiner import SparsifinerTrainer
@@ -64,6 +64,24 @@ def test_a_dependencyvit_is_a_folder_of_its_own(folder: Path) -> None:
     assert json.loads((out / "config.json").read_text())["global_pool"] == "avg"
 
 
+@pytest.mark.parametrize(
+    ("name", "strategy", "options", "least"),
+    [
+        ("mini-vit", "sparsifiner", {"seen": 0.1}, 0.97),
+        ("mini-vit", "dynamicvit", {"keep": 0.25}, 0.97),
+        ("mini-dependencyvit", "dependencyvit", {"keep": 0.36}, 0.9),
+    ],
+)
+def test_what_is_shipped_knows_what_matters(
+    name: str, strategy: str, options: dict[str, Any], least: float
+) -> None:
+    model = shipped.load(name)[0]
+    with vtprune.wrap(model, strategy, **options) as handle:
+        assert f"{shipped.MODELS / name}" in str(handle.steps[0].strategy)
+        right = mini_vit.right(model, 112)
+    assert sum(right) >= least * len(right)
+
+
 def test_training_lowers_the_loss_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
     stages = (Stage("map", 12, 4e-3, (), batch=2, warmup=2),)
 
@@ -95,6 +113,6 @@ def test_options_of_other_trainers_are_refused() -> None:
         (["--dtype", "bfloat16"], "is trained in"),
         (["--form", "shared"], "form"),
     ):
-        given = ["train", "sparsifiner", "--model", "mini-vit", *option]
+        given = ["train", "sparsifiner", *option]
         result = CliRunner().invoke(app, given)
         assert result.exit_code == 2 and said in result.stderr

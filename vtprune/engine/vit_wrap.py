@@ -87,11 +87,11 @@ def wrap_vit(
         raise ConfigError(f"{', '.join(odd)}: {family} is a ViT, without any text. Leave it out.")
     if isinstance(strategy, (list, tuple)) or isinstance(keep, (list, tuple)):
         raise ConfigError(f"{family} is a ViT, which takes one strategy and one keep=, no lists.")
-    chosen = build(strategy, **options).beside(_home(model))
+    chosen = build(strategy, **options).beside(home(model))
     return ViTHandle(model, adapter, plan(chosen, adapter, keep, reduce, layers))
 
 
-def _home(model: Any) -> str:
+def home(model: Any) -> str:
     """Returns the folder that a model was loaded from, "" where it is not known."""
     found = getattr(getattr(model, "config", None), "name_or_path", None)
     local = getattr(model, "pretrained_cfg", None) or {}  # of timm, of "local-dir:..."

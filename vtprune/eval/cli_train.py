@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from vtprune.errors import ConfigError
-from vtprune.eval import shipped
+from vtprune.eval import mini_vit, shipped
 from vtprune.eval import train_gates as gating
 from vtprune.eval import train_saisa as projecting
 from vtprune.eval import train_vits as in_vits
@@ -30,7 +30,13 @@ def train(
             "they add to a ViT; dependencyvit: a ViT of its own."
         ),
     ],
-    model: Model = shipped.DEFAULT,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Shipped model, directory of a saved one, or hub id; by default "
+            f"{shipped.DEFAULT}, {mini_vit.NAME} of strategies for ViTs."
+        ),
+    ] = None,
     samples: Annotated[
         int | None,
         typer.Option(
@@ -62,8 +68,9 @@ def train(
     if form is not None and strategy != "dyvte":
         raise ConfigError(f"--form {form} is of the gates of dyvte; leave it out for {strategy}.")
     if strategy in in_vits.PICTURES:
-        _in_vit(strategy, model, samples, out, seed, device, dtype)
+        _in_vit(strategy, model or mini_vit.NAME, samples, out, seed, device, dtype)
         return
+    model = model or shipped.DEFAULT
     gates = strategy == "dyvte"
     out = out or Path("gates.safetensors" if gates else "projectors.safetensors")
     number = samples or (512 if gates else 12000)

@@ -5,19 +5,24 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from vtprune.engine.vit_wrap import find_vit
+from vtprune.engine.plan import wrap
+from vtprune.engine.vit_wrap import find_vit, home
+from vtprune.errors import ConfigError
 from vtprune.eval.budgets import CEILING, Point
 from vtprune.eval.rows import Answer
 from vtprune.eval.samples import Sample, Task
 from vtprune.eval.samples_vit import SOUGHT, VIT_TASKS
 from vtprune.eval.scene_objects import CLASSES
 from vtprune.eval.sweep import Sweep, answer_row
+from vtprune.registry import read
+from vtprune.strategies.dependencyvit import DependencyViT
 
 Count = tuple[int, float, float]  # visual tokens, those that are left, share of the tower's FLOPs
 Ran = tuple[Tensor, float, list[Count]]  # outputs on the host, milliseconds, a count per image
@@ -40,9 +45,16 @@ class VitSweep(Sweep):
         first = next(self.model.parameters())
         self._to = {"device": first.device, "dtype": first.dtype}
         self._adapter: Any = find_vit(self.model)
+        self._own = DependencyViT().beside(home(self.model))  # with messengers: the ViT is one
         self.known = VIT_TASKS[self.processor.name]
 
     def _try(self, point: Point) -> None:
+        if self._own.messengers is not None and read(point.strategy)[0] != self._own.name:
+            raise ConfigError(
+                f"{point.strategy} does not fit this ViT, whose attention was trained turned "
+                f"around: nothing else than {self._own.name} runs it so. Give --strategy "
+                f"{self._own.name}, or another --model."
+            )
         blank = self.processor.images([Image.new("RGB", (1, 1))]).to(**self._to)
         self.outputs(point, blank, 0)  # some strategies say only then what they cannot do
 
@@ -58,7 +70,8 @@ class VitSweep(Sweep):
         return VitBatch(samples, pixels.to(**self._to))
 
     def _warm_up(self, batch: Any) -> None:
-        self._timed(batch.pixels[: self.settings.batch_size])
+        with self._whole():
+            self._timed(batch.pixels[: self.settings.batch_size])
 
     def outputs(
         self, point: Point, pixels: Tensor, first: int
@@ -70,12 +83,19 @@ class VitSweep(Sweep):
         """
         if point == CEILING:
             n = self._adapter.n_patches
-            return *self._timed(pixels), [(n, float(n), 1.0)] * len(pixels)
+            with self._whole():
+                return *self._timed(pixels), [(n, float(n), 1.0)] * len(pixels)
         with self._wrap(point, first) as handle:
             found, ms = self._timed(pixels)
             report: Any = handle.report()
         tiles = zip(report.images, report.tiles, strict=True)
         return found, ms, [(i.tokens, float(i.kept), round(t.cost().share, 5)) for i, t in tiles]
+
+    def _whole(self) -> AbstractContextManager[Any]:
+        """All patches stay: the bare model, but a DependencyViT is none without its messengers."""
+        if self._own.messengers is None:
+            return nullcontext()
+        return wrap(self.model, self._own, keep=1.0)
 
     def _timed(self, pixels: Tensor) -> tuple[Tensor, float]:
         began = time.perf_counter()

@@ -30,7 +30,7 @@ CONFIG = mini_vit.CONFIG | {"global_pool": "avg", "model_args": ARGS}
 FIRST = 800_000_000  # training picture; far behind those that the classifier has seen
 STAGES = (
     Stage("crowded", 1200, 1e-3, ("tower",), batch=16),
-    Stage("single", 800, 4e-4, ("tower",), batch=16),
+    Stage("single", 5500, 5e-4, ("tower",), batch=16),
 )
 LEFT = {"crowded": 1.0, "single": 0.36}  # of the patches, in the end
 LOUD = 3.0  # what controllers begin with, before the sigmoid

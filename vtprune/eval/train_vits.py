@@ -23,7 +23,7 @@ from vtprune.strategies.sparsifiner import PREDICTORS
 from vtprune.trained import write
 
 BATCH = 16
-PICTURES = {"sparsifiner": 8000, "dynamicvit": 16000, "dependencyvit": 32000, "crossget": 6400}
+PICTURES = {"sparsifiner": 8000, "dynamicvit": 16000, "dependencyvit": 107200, "crossget": 6400}
 OUT = {
     "sparsifiner": PREDICTORS.file,
     "dynamicvit": KEEPERS.file,

@@ -26,7 +26,12 @@ class Random(Strategy):
             raise ConfigError(f"seed={self.seed!r} must be a whole number of at least 0.")
 
     def score(self, signals: Signals) -> Tensor:
-        # On the CPU: the same subset on every device.
-        generator = torch.Generator("cpu").manual_seed(self.seed)
-        draw = torch.rand(signals.n, generator=generator, device="cpu")
+        draw = _drawn(self.seed, signals.n)
         return draw.to(signals.tokens.device).expand(len(signals.tokens), -1)
+
+
+@torch.compiler.assume_constant_result
+def _drawn(seed: int, n: int) -> Tensor:
+    """Returns a number for each token, ``[n]``, on the CPU: the same on every device."""
+    generator = torch.Generator("cpu").manual_seed(seed)
+    return torch.rand(n, generator=generator, device="cpu")
