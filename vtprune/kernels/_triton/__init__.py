@@ -1,0 +1,1 @@
+"""Triton kernels, a file per operation; each is imported when it is first launched."""
