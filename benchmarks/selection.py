@@ -1,11 +1,12 @@
 """Time of a greedy selection, against its rule computed anew at every step.
 
 The naive forms evaluate at every step the whole of what the rule says: the nearest of all picked
-tokens (DivPrune, ``max_min``), the sum of distances to all of them (``max_sum``), or a Cholesky
-factor of the picked tokens' kernel (``dpp``). One computes the cosines to all picked tokens anew as
-well, the other keeps those of all pairs, as DivPrune's authors do. Tokens are random, and all must
-pick the same ones. The first pick of ``max_min`` needs the cosines of all pairs whoever computes
-it, so its steps are also timed alone: K picks less one pick, against the form that keeps cosines.
+tokens (DivPrune, ``max_min``), the sum of distances to all of them (``max_sum``), the nearest
+against the relevance (``mmr``), or a Cholesky factor of the picked tokens' kernel (``dpp``). One
+computes the cosines to all picked tokens anew as well, the other keeps those of all pairs, as
+DivPrune's authors do. Tokens are random, and all must pick the same ones. The first pick of
+``max_min`` needs the cosines of all pairs whoever computes it, so its steps are also timed alone: K
+picks less one pick, against the form that keeps cosines.
 """
 
 from __future__ import annotations
@@ -22,7 +23,10 @@ import torch
 from torch import Tensor
 
 import vtprune
+from vtprune.eval.bench_results import name_of
 from vtprune.kernels.greedy_select import Mode, greedy_select
+
+WEIGHT = 0.3  # what greedy_select takes for mmr
 
 
 def naive(x: Tensor, k: int, mode: Mode, relevance: Tensor, *, keep: bool) -> Tensor:
@@ -32,7 +36,7 @@ def naive(x: Tensor, k: int, mode: Mode, relevance: Tensor, *, keep: bool) -> Te
     picks = [0]
     if mode == "max_min" and cosine is not None:
         picks = [int((1 - cosine).topk(2, dim=0, largest=False).values[1].argmax())]
-    elif mode == "dpp":
+    elif mode in ("mmr", "dpp"):
         picks = [int(relevance.argmax())]
     for _ in range(k - 1):
         index = torch.tensor(picks, device=x.device)
@@ -42,6 +46,9 @@ def naive(x: Tensor, k: int, mode: Mode, relevance: Tensor, *, keep: bool) -> Te
             factor = torch.linalg.cholesky(rows[:, index])
             solved = torch.linalg.solve_triangular(factor, rows, upper=False)
             value = relevance.square() - solved.square().sum(0)
+        elif mode == "mmr":
+            low, high = relevance.aminmax()
+            value = (relevance - low) / (high - low) - WEIGHT * rows.max(0).values
         else:
             value = (1 - rows).min(0).values if mode == "max_min" else -rows.sum(0)
         picks.append(int(value.index_fill(0, index, float("-inf")).argmax()))
@@ -78,7 +85,7 @@ def line(args: argparse.Namespace, mode: Mode, n: int, k: int) -> str:
     given: dict[str, Any] = {}
     if mode == "max_sum":
         given["pivot"] = torch.zeros(1, dtype=torch.int64, device=x.device)
-    if mode == "dpp":
+    if mode in ("mmr", "dpp"):
         given["relevance"] = relevance[None]
     calls: dict[str, Callable[[int], Tensor]] = {
         "ours": lambda k: greedy_select(x[None], k, mode, **given)[0].cpu(),
@@ -101,28 +108,16 @@ def line(args: argparse.Namespace, mode: Mode, n: int, k: int) -> str:
 
 def conditions(args: argparse.Namespace) -> str:
     """Returns what a figure means nothing without."""
-    device = processor()
-    if args.device.startswith("cuda"):
-        device = torch.cuda.get_device_name()
     return "\n".join(
         [
             f"command: {shlex.join(['python', *sys.argv])}",
             f"versions: vtprune {vtprune.__version__}, torch {torch.__version__}, "
             f"Python {platform.python_version()}",
-            f"device: {device}, {torch.get_num_threads()} threads",
+            f"device: {name_of(torch.device(args.device))}",
             f"one image of width {args.width} in {args.dtype}, computed in float32; fastest of "
             f"{args.rounds} interleaved rounds after one of warm-up, ms",
         ]
     )
-
-
-def processor() -> str:
-    """Returns the name of the processor, where the system tells it."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as lines:
-            return next(line.partition(":")[2].strip() for line in lines if "model name" in line)
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def parse() -> argparse.Namespace:

@@ -74,10 +74,14 @@ class Selection:
 
     def apply(self, x: Tensor) -> Tensor:
         """Returns the outputs ``[B, K, ...]`` made of ``x`` ``[B, N (+ prefix), ...]``."""
+        return self.apply_all(x)[0]
+
+    def apply_all(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Returns the outputs made of each of several tensors, as ``apply`` does of one."""
         if self.mix is None:
-            return gather_tokens(self.rows, x)[0]
-        mix = self.mix
-        return segment_merge(x, mix.source, mix.target, mix.weight, self.rows.shape[1])
+            return gather_tokens(self.rows, *tensors)
+        edges = (self.mix.source, self.mix.target, self.mix.weight)
+        return tuple(segment_merge(x, *edges, self.rows.shape[1]) for x in tensors)
 
     def total(self, x: Tensor) -> Tensor:
         """Returns the sum of ``x`` ``[B, N]`` over what each output is made of, ``[B, K]``."""

@@ -149,7 +149,7 @@ def test_permuted_heads_are_noticed(monkeypatch):
 
 def test_wrong_scale_is_noticed(monkeypatch):
     right = reduction.attn_received
-    monkeypatch.setattr(reduction, "attn_received", lambda q, k, *, scale: right(q, k, scale=1.0))
+    monkeypatch.setattr(reduction, "attn_received", lambda q, k, **how: right(q, k, scale=1.0))
     with pytest.raises(AssertionError):
         check("siglip")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,19 @@ TARGETS = {
 
 
 def built(
-    kernel: Any, signature: dict[str, str], target: str, *, warps: int = 4, stages: int = 3, **fixed
+    kernel: Any,
+    signature: Mapping[str, str | tuple[str, ...]],
+    target: str,
+    *,
+    warps: int = 4,
+    stages: int = 3,
+    **fixed,
 ) -> Any:
     """Returns what Triton compiles; raises AssertionError where it spills or shares too much.
 
     Args:
-        signature: the type of each argument that is no constant, such as ``*fp32`` or ``i32``.
+        signature: the type of each argument that is no constant, such as ``*fp32`` or ``i32``,
+            or of each in a tuple.
         fixed: the constants.
     """
     from triton.backends.compiler import GPUTarget

@@ -22,10 +22,25 @@ def relative_error(got: Tensor, want: Tensor) -> float:
     return float((got.double() - want.double()).abs().max() / want.double().abs().max())
 
 
-def naive_attention(q: Tensor, k: Tensor, scale: float | None = None) -> Tensor:
+def naive_attention(
+    q: Tensor, k: Tensor, scale: float | None = None, seen: Tensor | None = None
+) -> Tensor:
     """Full probabilities in float64, with the key heads repeated."""
     q, k = q.double(), k.double()
     k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
     logits = torch.einsum("bhmd,bhnd->bhmn", q, k)
     logits = logits * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if seen is not None:
+        logits = logits.masked_fill(~seen, -torch.inf)
     return logits.softmax(-1).mean((1, 2))
+
+
+def earlier(m: int, n: int) -> Tensor:
+    """Which of n keys each of the last m queries sees, ``[M, N]``."""
+    return torch.ones(m, n, dtype=torch.bool).tril(n - m)
+
+
+def log_sums(q: Tensor, k: Tensor) -> Tensor:
+    """Log-sum-exp of the logits of each query in float64, ``[B, H, M]``."""
+    k = k.double().repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+    return (q.double() @ k.mT * q.shape[-1] ** -0.5).logsumexp(-1)

@@ -6,6 +6,7 @@ import torch
 from tests.kernels.kernel_inputs import DTYPES, SIZES, normal
 from vtprune.errors import InputError
 from vtprune.kernels.gather_tokens import gather_tokens
+from vtprune.kernels.topk_sorted import topk_sorted
 
 
 @pytest.mark.parametrize("n", SIZES)
@@ -42,7 +43,31 @@ def test_gradients_flow_to_the_tensors() -> None:
     assert torch.autograd.gradcheck(lambda x: gather_tokens(index, x)[0], (x,))
 
 
-def test_a_new_row_is_no_source() -> None:
+def test_rows_that_are_none_are_zeros() -> None:
+    index = torch.tensor([[2, -1, 0], [-1, -1, 1]])
+    wide = normal(2, 4, 3).requires_grad_()
+    ids, flags = torch.arange(8).view(2, 4) + 1, torch.ones(2, 4, dtype=torch.bool)
+    x, y, z = gather_tokens(index, wide, ids, flags, padded=True)
+    assert torch.equal(
+        x, torch.stack([wide[0, [2, 0, 0]], wide[1, [0, 0, 1]]]) * (index >= 0)[..., None]
+    )
+    assert y.tolist() == [[3, 0, 1], [0, 0, 6]]
+    assert z.tolist() == [[True, False, True], [False, False, True]]
+    x.sum().backward()
+    assert wide.grad is not None
+    assert wide.grad[..., 0].tolist() == [[1, 0, 1, 0], [0, 1, 0, 0]]
+
+
+def test_counts_of_topk_that_differ_are_an_index() -> None:
+    scores, x = normal(2, 9), normal(2, 9, 3)
+    (rows,) = gather_tokens(topk_sorted(scores, [5, 2]), x, padded=True)
+    assert torch.equal(rows[1, :2], gather_tokens(topk_sorted(scores[1:], 2), x[1:])[0][0])
+    assert rows[1, 2:].abs().sum() == 0
+
+
+def test_a_row_that_is_not_there_is_refused() -> None:
+    with pytest.raises(RuntimeError, match="out of bounds"):
+        gather_tokens(torch.tensor([[4]]), normal(1, 4, 3))
     with pytest.raises(RuntimeError, match="out of bounds"):
         gather_tokens(torch.tensor([[-1]]), normal(1, 4, 3))
 

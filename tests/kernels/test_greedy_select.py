@@ -111,7 +111,7 @@ def test_autocast_does_not_lower_the_precision() -> None:
 
 def test_bad_arguments() -> None:
     x = normal(1, 5, 4)
-    with pytest.raises(ConfigError, match="unknown mode 'fps'; known: max_min, max_sum, dpp"):
+    with pytest.raises(ConfigError, match="unknown mode 'fps'; known: max_min, max_sum, mmr, dpp"):
         greedy_select(x, 2, mode="fps")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="k=6"):
         greedy_select(x, 6)
@@ -224,7 +224,7 @@ def test_a_zero_vector_or_one_without_relevance_adds_nothing() -> None:
 
 
 def test_blocks_of_the_matrix_fit_together(monkeypatch: pytest.MonkeyPatch) -> None:
-    from vtprune.kernels import greedy_select as module
+    from vtprune.kernels import _greedy as module
 
     x = normal(2, 123, 16)
     wanted = greedy_select(x, 60)

@@ -10,6 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vtprune.kernels.gather_tokens import gather_tokens
+from vtprune.kernels.scatter_tokens import scatter_tokens
+
 Rotary = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
@@ -75,10 +78,7 @@ class Cut:
 
         Zeros elsewhere.
         """
-        out = x.new_zeros(len(x), length + 1, *x.shape[2:])
-        rows = torch.arange(len(x), device=x.device)[:, None]
-        out[rows, torch.where(self.valid, self.index, length)] = x
-        return out[:, :length]
+        return scatter_tokens(self.index, (x, x.new_zeros(len(x), length, *x.shape[2:])))[0]
 
     def gather(self, hidden: Tensor, before: Cut) -> Tensor:
         """Returns ``hidden`` ``[B, m, D]``, which has the columns of ``before``, cut to these."""
@@ -86,8 +86,7 @@ class Cut:
             torch.arange(hidden.shape[1], device=hidden.device).expand(before.index.shape),
             self.length,
         )
-        rows = where.gather(1, self.index.clamp(min=0))
-        return hidden.gather(1, rows[:, :, None].expand(-1, -1, hidden.shape[2]))
+        return gather_tokens(where.gather(1, self.index.clamp(min=0)), hidden)[0]
 
     def prompt(self, kwargs: dict[str, Any], hidden: Tensor, rotary: Rotary) -> dict[str, Any]:
         """Returns a layer's arguments for the prompt itself."""
@@ -180,6 +179,5 @@ def is_static(kwargs: dict[str, Any]) -> bool:
 
 
 def _rows(embeddings: tuple[Tensor, Tensor], index: Tensor) -> tuple[Tensor, Tensor]:
-    cos, sin = (x.expand(len(index), -1, -1) for x in embeddings)
-    rows = index[:, :, None].expand(-1, -1, cos.shape[2])
-    return cos.gather(1, rows), sin.gather(1, rows)
+    cos, sin = gather_tokens(index, *(x.expand(len(index), -1, -1) for x in embeddings))
+    return cos, sin

@@ -204,8 +204,10 @@ class _Run:
         """Returns the output with what is left of each item; as it was where everything is."""
         if all(selection.is_identity for selection, _ in stood):
             return self.output
-        planes = [
-            [s.apply(x[None])[0] for (s, _), x in zip(stood, plane, strict=True)]
-            for plane in self.adapter.planes(self.output)
+        planes = self.adapter.planes(self.output)
+        left = [
+            s.apply_all(*(plane[item][None] for plane in planes))
+            for item, (s, _) in enumerate(stood)
         ]
+        planes = [[x[0] for x in plane] for plane in zip(*left, strict=True)]
         return self.adapter.pack(self.output, [x for _, x in stood], planes)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cosine_similarity
 
 from vtprune.errors import HookError
 from vtprune.kernels._common import full_precision
 from vtprune.kernels.attn_received import attn_received
 from vtprune.kernels.attn_rows import attn_rows
+from vtprune.kernels.row_pair_stats import cosine, row_pair_stats
 from vtprune.types import (
     ClsRow,
     Flow,
@@ -33,6 +33,7 @@ def reduced(
     n_prefix: int,
     scale: float | None,
     added: Tensor | None,
+    lse: Tensor | None = None,
 ) -> Tensor:
     """Returns a quantity of each patch, ``[B, N, ...]`` float32.
 
@@ -40,6 +41,7 @@ def reduced(
         q, k, v: ``[B, H, S, d]``, the first ``n_prefix`` of S no patches.
         scale: of the products of queries and keys; None = ``d ** -0.5``.
         added: to them, ``[B, 1, 1, S]``.
+        lse: ``[B, H, S]`` log-sum-exp of what the softmax gets, where that is known.
     """
     if isinstance(need, Keys):
         return k.float().mean(1)[:, n_prefix:]
@@ -61,7 +63,7 @@ def reduced(
         return attn_rows(q[:, :, :1], k, scale=scale)[:, n_prefix:]
     if isinstance(need, Received):
         times = q.shape[2] if isinstance(need, TotalReceived) else 1
-        return times * attn_received(q, k, scale=scale)[:, n_prefix:]
+        return times * attn_received(q, k, scale=scale, lse=lse)[:, n_prefix:]
     raise HookError(f"The tap cannot read {need}.")
 
 
@@ -92,7 +94,7 @@ def _guidance(q: Tensor, k: Tensor, n_prefix: int) -> Tensor:
     """Returns ``Guidance`` of each patch: ``[B, N]`` float32."""
     query, keys = _wide(q)[:, 0].float(), _wide(k)[:, 0, n_prefix:].float()
     query = query[:, n_prefix - 1, None] if n_prefix else query.mean(1, keepdim=True)
-    return cosine_similarity(keys, query, dim=-1)
+    return cosine(*row_pair_stats(keys, query.expand_as(keys)))
 
 
 def _flow(q: Tensor, k: Tensor, v: Tensor, scale: float | None, n_prefix: int) -> Tensor:

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -20,7 +21,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from vtprune.engine.reduction import reduced
 from vtprune.engine.timing import part
 from vtprune.errors import HookError, UnsupportedError
-from vtprune.types import TowerNeed
+from vtprune.kernels.attention_with_lse import attention_with_lse
+from vtprune.types import Received, TowerNeed
 
 _reading: ContextVar[Reader | None] = ContextVar("vtprune_tap", default=None)
 _changing: ContextVar[Changer | None] = ContextVar("vtprune_changer", default=None)
@@ -96,6 +98,11 @@ class Tap:
         """Returns whether something is wanted of ``module``."""
         return module in self.wanted
 
+    def follows(self, module: nn.Module, q: Tensor, mask: Tensor | None) -> bool:
+        """Returns whether ``module`` is better read once its attention has run."""
+        received = any(isinstance(need, Received) for need in self.wanted[module])
+        return received and mask is None and module is not self._ahead and not self._packed(q)
+
     @torch.no_grad()
     def read(
         self,
@@ -105,12 +112,17 @@ class Tap:
         mask: Tensor | None,
         scale: float | None,
         v: Tensor | None = None,
+        lse: Tensor | None = None,
     ) -> None:
-        """Reduces ``q``, ``k``, ``v`` ``[B, H, S, d]`` to what is wanted of ``module``."""
+        """Reduces ``q``, ``k``, ``v`` ``[B, H, S, d]`` to what is wanted of ``module``.
+
+        Args:
+            lse: ``[B, H, S]`` log-sum-exp of its attention, where that is known.
+        """
         added = None if len(self.segments) > 1 else _added(mask)
         for queries, keys, values in self._parts(q, k, k if v is None else v, mask):
             for need in self.wanted[module]:
-                value = self._reduce(need, queries, keys, values, scale, added)
+                value = self._reduce(need, queries, keys, values, scale, added, lse)
                 self._read.setdefault(need, []).append(value.flatten(0, 1))
         if module is self._ahead:
             raise Enough
@@ -128,7 +140,7 @@ class Tap:
         self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None
     ) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Queries, keys and values of what attends to itself alone."""
-        if len(self.segments) > 1 and q.shape[2] == sum(self.segments):
+        if self._packed(q):
             pieces = (x.split(self.segments, dim=2) for x in (q, k, v))
             return list(zip(*pieces, strict=True))
         if mask is not None and not self.segments and bool(_hidden(mask).any()):
@@ -138,6 +150,9 @@ class Tap:
                 "no attention, such as 'divprune'."
             )
         return [(q, k, v)]
+
+    def _packed(self, q: Tensor) -> bool:
+        return len(self.segments) > 1 and q.shape[2] == sum(self.segments)
 
     def _reduce(self, need: TowerNeed, q: Tensor, k: Tensor, v: Tensor, *more: Any) -> Tensor:
         return reduced(need, q, k, v, self.n_prefix, *more)
@@ -227,18 +242,23 @@ def _pass_through(original: Callable[..., Any] | None) -> Callable[..., Any]:
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        tap = _reading.get()
-        if tap is not None and tap.reads(module):
-            _refuse_changed(module, kwargs)
-            with part("score"):
-                tap.read(module, query, key, attention_mask, kwargs.get("scaling"), value)
         forward = original or sys.modules[type(module).__module__].eager_attention_forward
         changer = _changing.get()
-        if changer is not None:
-            return changer.attend(
-                forward, module, query, key, value, attention_mask, *args, **kwargs
-            )
-        return forward(module, query, key, value, attention_mask, *args, **kwargs)
+        attention = forward if changer is None else partial(changer.attend, forward)
+        call = partial(attention, module, query, key, value, attention_mask, *args, **kwargs)
+        tap = _reading.get()
+        if tap is None or not tap.reads(module):
+            return call()
+        _refuse_changed(module, kwargs)
+        given = query, key, attention_mask, kwargs.get("scaling"), value
+        if changer is None and isinstance(tap, Tap) and tap.follows(module, query, attention_mask):
+            out, lse = attention_with_lse(call, query, key)
+            with part("score"):
+                tap.read(module, *given, lse)
+            return out
+        with part("score"):
+            tap.read(module, *given)
+        return call()
 
     return attend
 

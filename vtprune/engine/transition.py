@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cosine_similarity
 
 from vtprune.engine.cuts import Cut
 from vtprune.engine.decoding import Decoding
 from vtprune.engine.timing import timed
 from vtprune.errors import UnsupportedError
+from vtprune.kernels.row_pair_stats import cosine, row_pair_stats
 from vtprune.types import Transition
 
 
@@ -32,11 +32,11 @@ def transition(x: Tensor, y: Tensor, valid: Tensor, *, abs_cos: bool = False) ->
     Returns:
         ``[B, N]`` float32.
     """
-    x, y = x.float(), y.float()
-    cosine = cosine_similarity(x, y, dim=-1)
-    turning = 1 - (cosine.abs() if abs_cos else cosine)
+    before, after, dot = (stat.float() for stat in row_pair_stats(x, y))
+    alike = cosine(before, after, dot)
+    turning = 1 - (alike.abs() if abs_cos else alike)
     share = turning.masked_fill(~valid, -torch.inf).softmax(-1)
-    growth = y.norm(dim=-1) / x.norm(dim=-1).clamp(min=torch.finfo(torch.float32).tiny)
+    growth = after / before.clamp(min=torch.finfo(torch.float32).tiny)
     return (growth * share).masked_fill(~valid, 0.0)
 
 

@@ -44,20 +44,21 @@ class State:
 
     def after(self, chosen: Selection, proportional: bool, padded: bool = False) -> State:
         """Returns the state after a selection among the tokens."""
-        rows, into = chosen.slots, _into(chosen)
+        rows, into, lasting = chosen.slots, _into(chosen), self.lasting
         sizes = self.sizes
         if sizes is None and not (chosen.mix is None and chosen.sizes is None):
             sizes = torch.ones(into.shape, device=into.device)
         owner = into
         if self.owner is not None:
             owner = into.gather(1, self.owner.clamp(min=0)).masked_fill(self.owner < 0, -1)
+        left = gather_tokens(rows, *(value for _, value in lasting))
         return State(
             rows if self.index is None else self.index.gather(1, rows),
             owner,
             None if sizes is None else chosen.counted(sizes),
             proportional,
             self.padded or padded,
-            tuple((need, gather_tokens(rows, value)[0]) for need, value in self.lasting),
+            tuple((need, value) for (need, _), value in zip(lasting, left, strict=True)),
             self.guests,
             {name: _follow(rows, left, chosen.n) for name, left in self.tokens.items()},
             self.rows,

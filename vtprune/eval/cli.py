@@ -26,6 +26,7 @@ from vtprune.eval import scenes as making
 from vtprune.eval import show as showing
 from vtprune.eval.asked import asked
 from vtprune.eval.budgets import BUDGETS, STRATEGIES, Point, parse_keep, split
+from vtprune.eval.cli_bench import bench
 from vtprune.eval.cli_train import Device, Dtype, Model, train
 from vtprune.eval.export import write_parquet
 from vtprune.eval.output import progress_bar, write_output
@@ -222,6 +223,7 @@ def calibrate(
 
 
 app.command()(train)
+app.add_typer(bench, name="bench")
 
 
 @app.command("list")

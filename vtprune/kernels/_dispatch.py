@@ -68,6 +68,7 @@ def run(
     kernel: Callable[..., Any],
     refused: str | None,
     *args: Any,
+    pays: bool = True,
 ) -> Any:
     """Runs an operation in the form that was chosen.
 
@@ -76,20 +77,26 @@ def run(
         reference: the form in torch.
         kernel: a custom operation of the same arguments, for gradients and graphs.
         refused: why the kernel does not take these arguments; None = it does.
-        args: tensors that may be None, and numbers; the first is a tensor.
+        args: tensors that may be None, lists of tensors, and numbers; the first is a tensor.
+        pays: whether ``auto`` is to take the kernel; where torch is as fast, it is not.
 
     Raises:
         UnsupportedError: kernels only are allowed, but there is none for these arguments.
     """
-    if not _takes_kernel(name, args[0], refused):
+    if not _takes_kernel(name, args[0], refused, pays):
         if not torch.compiler.is_compiling():
             _calls[name, "torch"] += 1
         return reference(*args)
     # A custom operation costs tens of microseconds per call, as long as most kernels run.
-    learns = torch.is_grad_enabled() and any(getattr(x, "requires_grad", False) for x in args)
-    if learns or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or learns(*args):
         return kernel(*args)
     return launch(name, *args)
+
+
+def learns(*args: Any) -> bool:
+    """Returns whether gradients are wanted of one of these tensors, or of lists of them."""
+    parts = (x for arg in args for x in (arg if isinstance(arg, list) else [arg]))
+    return torch.is_grad_enabled() and any(getattr(x, "requires_grad", False) for x in parts)
 
 
 def launch(name: str, *args: Any) -> Any:
@@ -102,9 +109,9 @@ def launch(name: str, *args: Any) -> Any:
         return module.launch(*args)
 
 
-def _takes_kernel(name: str, x: Tensor, refused: str | None) -> bool:
+def _takes_kernel(name: str, x: Tensor, refused: str | None, pays: bool) -> bool:
     chosen = _chosen[0]
-    if chosen == "torch" or (chosen == "auto" and x.device.type not in DEVICES):
+    if chosen == "torch" or (chosen == "auto" and not (pays and x.device.type in DEVICES)):
         return False
     reason = _MISSING or _elsewhere(x) or refused
     if reason and chosen == "triton":

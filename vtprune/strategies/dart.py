@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch.nn.functional import cosine_similarity
 
 from vtprune.errors import ConfigError, InputError
+from vtprune.kernels.row_pair_stats import cosine, row_pair_stats
 from vtprune.scoring.pivots import largest, least_similar, set_order, shares
 from vtprune.types import (
     Budget,
@@ -83,7 +83,8 @@ class DART(Strategy):
             pivots = torch.cat([state[visual], words.get(Normed, state[:0])[text]])
             places = torch.cat([visual, text + signals.n])  # in the order of the prompt
             order = set_order(places + starts[b]) if self.compat else places.argsort()
-            similar = [cosine_similarity(state, pivot[None], dim=-1) for pivot in pivots[order]]
+            pairs = [(state, pivot.expand_as(state)) for pivot in pivots[order]]
+            similar = [cosine(*row_pair_stats(*pair)) for pair in pairs]
             counts = shares(k - len(visual), len(pivots))
             rows.append(least_similar(torch.stack(similar), counts, visual))
         return Selection(torch.stack(rows), signals.n)
