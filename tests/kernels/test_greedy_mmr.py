@@ -114,6 +114,7 @@ def given(mode: Mode, batch: int, n: int) -> dict[str, Any]:
 MODES: tuple[Mode, ...] = ("max_min", "max_sum", "mmr", "dpp")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("gram_bytes", [1, 23 * 23 * 4])
 @pytest.mark.parametrize("mode", MODES)
 def test_a_graph_holds_every_mode(mode: Mode, gram_bytes: int) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 LAUNCHED = Path(__file__).parent / "launched"
 ROOT = LAUNCHED.parents[2]
-ONCE = "test_topk_sorted.py"  # in the default suite, where there is no time for all
+ONCE = "test_row_pair_stats.py"  # in the default suite, where there is no time for all
 
 
 @pytest.mark.parametrize(

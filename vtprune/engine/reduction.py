@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cosine_similarity
 
 from vtprune.errors import HookError
 from vtprune.kernels._common import full_precision
 from vtprune.kernels.attn_received import attn_received
 from vtprune.kernels.attn_rows import attn_rows
-from vtprune.kernels.row_pair_stats import cosine, row_pair_stats
 from vtprune.types import (
     ClsRow,
     Flow,
@@ -94,7 +94,7 @@ def _guidance(q: Tensor, k: Tensor, n_prefix: int) -> Tensor:
     """Returns ``Guidance`` of each patch: ``[B, N]`` float32."""
     query, keys = _wide(q)[:, 0].float(), _wide(k)[:, 0, n_prefix:].float()
     query = query[:, n_prefix - 1, None] if n_prefix else query.mean(1, keepdim=True)
-    return cosine(*row_pair_stats(keys, query.expand_as(keys)))
+    return cosine_similarity(keys, query, dim=-1)  # tokens of CrossGET learn through it
 
 
 def _flow(q: Tensor, k: Tensor, v: Tensor, scale: float | None, n_prefix: int) -> Tensor:

@@ -19,20 +19,22 @@ HERE = Path(__file__).parent
 EMPTY = ("empty", "empty_like")
 
 
+NOWHERE = "needs a CUDA device, or TRITON_INTERPRET=1 from the start of the process"
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    somewhere = _dispatch.INTERPRETING or torch.cuda.is_available()
     for item in items:
         if HERE in item.path.parents:
             item.add_marker(pytest.mark.gpu)
+            if not somewhere:
+                item.add_marker(pytest.mark.skip(NOWHERE))
 
 
 @pytest.fixture
 def device() -> str:
-    """Where kernels can be launched."""
-    if _dispatch.INTERPRETING:
-        return "cpu"
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device, or TRITON_INTERPRET=1 from the start of the process")
-    return "cuda"
+    """Where kernels are launched."""
+    return "cpu" if _dispatch.INTERPRETING else "cuda"
 
 
 @pytest.fixture(autouse=True)
