@@ -196,6 +196,7 @@ def test_llava_example_answers_right_with_a_quarter_of_the_tokens(tmp_path: Path
     assert len(kept) == 16 and "".join(kept).count("#") == 64
 
 
+@pytest.mark.slow
 def test_compare_strategies_counts_and_says_what_was_lost(tmp_path: Path) -> None:
     few = ["--strategies", "random", "fastervlm", "--keep", "4", "--scenes", "14"]
     out = run(ROOT / "examples" / "compare_strategies.py", tmp_path, *few)
@@ -224,6 +225,7 @@ def test_vit_example_runs_on_the_shipped_model(
     assert "GFLOPs of the blocks per image: 0.352 of 0.615" in out
 
 
+@pytest.mark.slow
 def test_vit_example_takes_a_name_of_timm(tmp_path: Path) -> None:
     pytest.importorskip("timm")
     given = ["--model", "vit_tiny_patch16_224", "--strategy", "strided", "--keep", "9"]

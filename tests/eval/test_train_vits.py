@@ -64,6 +64,7 @@ def test_a_dependencyvit_is_a_folder_of_its_own(folder: Path) -> None:
     assert json.loads((out / "config.json").read_text())["global_pool"] == "avg"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "strategy", "options", "least"),
     [

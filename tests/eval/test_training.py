@@ -132,6 +132,7 @@ def test_gradients_are_those_of_sdpa(masked):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("module", "trainer", "stages", "named"),
     [

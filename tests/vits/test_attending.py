@@ -179,6 +179,7 @@ def test_reports_give_attention_that_counts_as_theory() -> None:
         assert "in theory" not in str(handle.report())
 
 
+@pytest.mark.slow
 def test_a_rule_compiles_to_one_graph() -> None:
     model, x = build("vit"), images()
 
