@@ -16,7 +16,17 @@ import vtprune
 
 ROOT = Path(vtprune.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
-OPTIONAL = {"lmms_eval", "matplotlib", "open_clip", "pyarrow", "rich", "scipy", "sklearn", "timm"}
+OPTIONAL = {
+    "lmms_eval",
+    "matplotlib",
+    "open_clip",
+    "plotly",
+    "pyarrow",
+    "rich",
+    "scipy",
+    "sklearn",
+    "timm",
+}
 OPTIONAL |= {"triton", "typer", "vllm"}
 
 VOCABULARY = {"vtprune.types", "vtprune.needs", "vtprune.selection", "vtprune.budget"}
@@ -46,11 +56,13 @@ ALLOWED = {
         *(*VOCABULARY, "vtprune.strategies"),
         *("vtprune.vit_adapters", "vtprune.vlm_adapters"),
     },
+    "setting": {"vtprune.budget", "vtprune.errors", "vtprune.registry", "yaml"},
     "engine": {
         *VOCABULARY,
         "vtprune.engine",
         "vtprune.flops",
         "vtprune.registry",
+        "vtprune.setting",
         "vtprune.vit_adapters",
         "vtprune.vlm_adapters",
         "packaging",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 from vtprune.eval._extras import need
@@ -12,7 +13,10 @@ NEEDED = ("typer", "rich", "matplotlib", "sklearn")
 def main() -> None:
     """Runs the command line, or says which extra it needs."""
     try:
-        if sys.argv[1:] == ["doctor"]:  # it has to work where the other commands do not
+        several = os.environ.get("WORLD_SIZE", "1") != "1"  # which the command line refuses
+        if (
+            sys.argv[1:] == ["doctor"] and not several
+        ):  # it has to work where the other commands do not
             need("rich", extra="eval")
             from vtprune.eval import doctor
 

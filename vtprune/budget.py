@@ -52,10 +52,14 @@ class Budget:
 
     def count(self, n: int) -> int:
         """Returns the number of tokens kept of ``n``: at least 1 and at most ``n``."""
-        wanted = self.tokens if self.tokens is not None else (self.fraction or 0) * n
-        if self.part is not None:
-            wanted = n * self.part(min(1.0, wanted / max(1, n)))
+        wanted = self.share(n) * n if self.tokens is None or self.part else self.tokens
         return max(1, min(round(wanted), n))
+
+    def share(self, n: int) -> float:
+        """Returns what share of ``n`` tokens is asked for, up to 1."""
+        share = self.fraction if self.tokens is None else self.tokens / max(1, n)
+        share = min(1.0, share or 0)
+        return share if self.part is None else self.part(share)
 
     def times(self, n: int | Callable[[float], float]) -> Budget:
         """Returns ``n`` times as much, a share ending at everything; or the part ``n`` of it."""

@@ -227,6 +227,11 @@ class InstructionText(Need):
 
 
 @dataclass(frozen=True)
+class Frames(Need):
+    """Videos, whose tokens have a grid ``(t, h, w)``, so that frames can be compared."""
+
+
+@dataclass(frozen=True)
 class Facts:
     """What a strategy may know of a model before it runs.
 

@@ -68,6 +68,7 @@ class Signals:
             yields the features may read them as sources N, N + 1, ...
         size: ``[B, N]`` float32, how many patches each token stands for between the blocks of the
             tower; None = one each.
+        share: of the tokens, asked for, before counts were made of it; None = ``k`` says it.
         groups: all rows of the call, those of equal N and budget together, so that statistics can
             be over all tiles of an image; empty = the rows here are all.
     """
@@ -80,6 +81,7 @@ class Signals:
     inside: Inside | None = None
     n_prefix: int = 0
     size: Tensor | None = None
+    share: float | None = None
     groups: Sequence[Signals] = field(default=(), repr=False, compare=False)
 
     @property
@@ -111,5 +113,6 @@ class Signals:
             self.inside and self.inside.of(index.tolist()),
             self.n_prefix,
             None if self.size is None else self.size[index],
+            self.share,
             self.groups,
         )

@@ -10,7 +10,7 @@ import pytest
 from vtprune import ConfigError
 from vtprune.eval.budgets import Point
 from vtprune.eval.results import Folder, Settings, check_folder
-from vtprune.eval.rows import Answer, JsonLines, Timing
+from vtprune.eval.rows import Answer, JsonLines, Timing, write_whole
 
 SETTINGS = Settings("m", "f00d", "scenes", "", 4, 2, 0, 4, "cpu", "torch 2")
 
@@ -64,7 +64,7 @@ def test_every_cut_leaves_the_whole_lines(tmp_path):
         lines = JsonLines(path, Answer)
         n = whole[:cut].count(b"\n")
         assert [row.sample for row in lines.rows] == list(range(n))
-        assert lines.damage is None
+        assert lines.damage == []
         lines.append([answer(i) for i in range(n, 2)])
         assert path.read_bytes() == whole
 
@@ -85,9 +85,9 @@ def test_a_damaged_tail_is_set_aside(tmp_path, damage):
     assert lines.rows == [answer(0)]
     assert path.read_bytes() == good
     assert (tmp_path / "rows.jsonl.damaged").read_bytes() == damage + good
-    assert lines.damage is not None
-    assert "line 1" in lines.damage
-    assert "rows.jsonl.damaged" in lines.damage
+    (said,) = lines.damage
+    assert "line 1" in said
+    assert "rows.jsonl.damaged" in said
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def test_another_run_is_refused_with_the_difference(tmp_path, name, value):
     assert (tmp_path / "results.jsonl").read_bytes() == before
 
 
-@pytest.mark.parametrize("name", ["results.jsonl", "timings.jsonl"])
+@pytest.mark.parametrize("name", ["results.jsonl", "timings.jsonl", "results.rank-1.jsonl"])
 def test_rows_without_settings_are_refused(tmp_path, name):
     (tmp_path / name).write_text("")
     with pytest.raises(ConfigError, match=r"no settings\.json"):
@@ -142,7 +142,7 @@ def test_a_second_damage_keeps_what_the_first_set_aside(tmp_path):
     for i, junk in enumerate((b"first\n", b"second\n", b"no end")):
         path.write_bytes(junk)
         lines = JsonLines(path, Answer)
-        assert lines.damage is not None
+        assert lines.damage
         assert len(list(tmp_path.glob("*.damaged*"))) == i + 1
     assert {p.read_bytes() for p in tmp_path.glob("*.damaged*")} == {
         b"first\n",
@@ -221,3 +221,12 @@ def test_a_folder_in_place_of_a_file(tmp_path):
     for _ in range(2):  # a folder that could not be opened is not locked
         with pytest.raises(ConfigError, match="cannot be used"):
             Folder(tmp_path, SETTINGS)
+
+
+def test_write_whole_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    write_whole(path, "old\n")
+    monkeypatch.setattr("os.fsync", lambda _: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        write_whole(path, "new\n")
+    assert path.read_text() == "old\n"

@@ -5,7 +5,8 @@ from PIL import Image
 from rich.console import Console
 
 import vtprune
-from vtprune import ConfigError
+from vtprune import ConfigError, UnsupportedError
+from vtprune.eval import shipped
 from vtprune.eval.budgets import CEILING, FLOOR, Point, points
 from vtprune.eval.output import write_output
 from vtprune.eval.results import Folder
@@ -172,9 +173,18 @@ def test_an_added_strategy_leaves_the_rest(whole, loaded, settings, tmp_path):
     more = Sweep(model, processor, points(["strided"], ["25%"]), settings)
     folder = Folder(tmp_path, settings)
     more.run(folder)
-    assert (tmp_path / "results.jsonl").read_bytes().startswith(data)
-    added = [row.point for row in folder.answers.rows[LIMIT * len(POINTS) :]]
-    assert added == [Point("strided", "25%")] * LIMIT
+    lines = (tmp_path / "results.jsonl").read_bytes().splitlines(keepends=True)
+    added = [row for row in folder.answers.rows if row.point.strategy == "strided"]
+    assert len(added) == LIMIT
+    assert b"".join(line for line in lines if b'"strided"' not in line) != data  # asked first
+    assert sorted(line for line in lines if b'"strided"' not in line) == sorted(
+        data.splitlines(keepends=True)
+    )
+    asked = [row.point in more.points for row in folder.answers.rows]
+    assert asked == sorted(asked, reverse=True)
+    alone = Folder(tmp_path / "alone", settings)
+    more.run(alone)
+    assert folder.answers.rows[: sum(asked)] == alone.answers.rows
 
 
 def test_tasks_are_kept_apart(loaded, tmp_path):
@@ -197,6 +207,12 @@ def test_tasks_are_kept_apart(loaded, tmp_path):
 )
 def test_answers_are_read(text, answer):
     assert answer_of(text) == answer
+
+
+def test_what_reduces_videos_is_refused_where_there_are_none(settings):
+    model, processor = shipped.load("mini-qwen")
+    with pytest.raises(UnsupportedError, match="evs reduces videos, but scenes has images alone"):
+        Sweep(model, processor, [Point("evs", "25%")], settings)
 
 
 def test_what_is_refused_is_left_out_when_asked(loaded, settings, tmp_path):

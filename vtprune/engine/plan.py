@@ -5,22 +5,25 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, get_args
+from os import PathLike
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from vtprune.engine.signals import Step, select_group
+from vtprune.engine.stage_checks import check_stage
 from vtprune.engine.text_tower import TextTower
 from vtprune.engine.vit_plan import Reduce
 from vtprune.engine.vit_wrap import find_vit, wrap_vit
 from vtprune.engine.wrap import Handle
 from vtprune.errors import ConfigError, InputError, UnsupportedError
 from vtprune.registry import adapter_classes, build, unknown
+from vtprune.setting import is_setting, read_setting
 from vtprune.types import (
     Budget,
-    DecoderNeed,
     Facts,
+    Frames,
     Joint,
     Keep,
     Newlines,
@@ -28,10 +31,7 @@ from vtprune.types import (
     Scope,
     Selection,
     Signals,
-    Site,
-    Stage,
     Strategy,
-    check_needs,
 )
 from vtprune.vlm_adapters._base import VLMAdapter
 from vtprune.vlm_adapters._generic import REFUSED, Generic
@@ -41,7 +41,7 @@ Named = str | Strategy
 
 def wrap(
     model: nn.Module,
-    strategy: Named | Sequence[Named],
+    strategy: Named | PathLike[str] | Sequence[Named],
     *,
     keep: Keep | Sequence[Keep] | None = None,
     reduce: Reduce | None = None,
@@ -58,7 +58,8 @@ def wrap(
     Args:
         model: a supported Hugging Face vision-language model, or a ViT of timm, open_clip or
             transformers: that gets a handle of the same manners, a ``ViTHandle``.
-        strategy: a name, an instance, or a list of them applied in order.
+        strategy: a name, an instance, or a list of them applied in order; or the file of a setting,
+            ``.yaml``, which has options and budget too.
         keep: visual tokens that stay per image: a count (int) or a share (float in (0, 1]);
             for a list of strategies one per strategy. Strategies of the kind ``compute``, from
             which no token leaves, take none.
@@ -82,6 +83,10 @@ def wrap(
         ConfigError: unknown strategy or option, or a value out of range.
         UnsupportedError: a family or a combination that cannot give right answers.
     """
+    if is_setting(strategy):
+        found = read_setting(strategy, keep=keep, reduce=reduce, layers=layers, **options)
+        strategy, options = found.strategy, dict(found.options)
+        keep, reduce = found.keep, found.reduce
     vit = find_vit(model) if isinstance(model, nn.Module) else None
     if vit is not None:
         own = {"positions": positions, "newlines": newlines, "scope": scope}
@@ -89,7 +94,7 @@ def wrap(
         handle: Any = wrap_vit(model, vit, strategy, keep, reduce, layers, options, own)
         return handle
     adapter = find_adapter(model)
-    model, facts = adapter.model, adapter.facts
+    model, facts = adapter.model, _with_videos(adapter)
     if reduce is not None:
         raise ConfigError(
             f"reduce={reduce} is for merging inside a ViT; for {facts.family} say keep= instead."
@@ -103,7 +108,7 @@ def wrap(
     home = model.config.name_or_path or ""
     chosen = [_with_layers(build(s, **options), layers).beside(home) for s in listed]
     facts = _with_text(chosen, facts, text_tower)
-    steps = _steps(chosen, _budgets(keep, chosen), facts, _policy(positions, facts), scope)
+    steps = steps_of(chosen, _budgets(keep, chosen), facts, _policy(positions, facts), scope)
     reader = next((step.strategy.name for step in steps if step.stage.reads_text), None)
     if processor is None and reader is not None:
         raise ConfigError(
@@ -145,6 +150,7 @@ def select(
     budget.check(signals.n)
     if not chosen.acts_inside:  # there ``layers`` says where to act, not what to read
         signals = _of_layers(signals, chosen.layers)
+    signals = replace(signals, share=budget.share(signals.n))
     counts = set(chosen.counts(signals, budget))
     if len(counts) > 1:
         raise ConfigError(
@@ -213,93 +219,33 @@ def _budgets(keep: Keep | Sequence[Keep] | None, chosen: Sequence[Strategy]) -> 
     return [next(budgets) if takes else Budget(fraction=1.0) for takes in taking]
 
 
-def _steps(
+def steps_of(
     chosen: Sequence[Strategy],
     budgets: Sequence[Budget],
     facts: Facts,
     policy: Positions | None,
     scope: Scope | None,
 ) -> list[Step]:
+    """Returns the steps of these strategies on such a model, checked as by ``wrap``."""
     steps: list[Step] = []
     for strategy, budget in zip(chosen, budgets, strict=True):
         if facts.n_tokens is not None and not strategy.acts_inside:
             budget.check(facts.n_tokens)
         strategy.check_budget(budget, facts)
-        earlier = list(steps)
+        n_earlier = len(steps)
         for stage in strategy.plan(facts):
-            check_needs(stage.needs, facts, strategy.name)
-            _check_order(strategy, stage, steps)
-            _check_scope(strategy, stage, scope, facts)
-            if stage.site is Site.ENCODER and earlier:
-                raise UnsupportedError(
-                    f"{strategy.name} works inside the encoder, so it must come first in the list."
-                )
-            if stage.site is Site.DECODER and earlier and not strategy.acts_inside:
-                raise UnsupportedError(
-                    f"{strategy.name} counts the tokens of whole images inside the language model, "
-                    "so it must come first in the list."
-                )
-            if stage.site is Site.ENCODER and stage.reads_text:
-                raise UnsupportedError(
-                    f"{strategy.name} reads the instruction inside the encoder, which runs before "
-                    "the prompt is looked at. Let its stage act after the projector."
-                )
-            if (
-                stage.site is Site.DECODER
-                and stage.rule is None
-                and not all(isinstance(need, DecoderNeed) for need in stage.needs)
-            ):
-                raise UnsupportedError(
-                    f"{strategy.name} reads {stage.needs} inside the language model; a stage there "
-                    "can read only quantities of the language model."
-                )
-            if stage.site is Site.ENCODER and not facts.in_tower:
-                raise UnsupportedError(
-                    f"{strategy.name} works inside the encoder, but {facts.family} makes a visual "
-                    "token of several patches. Use a strategy that acts after the projector."
-                )
+            check_stage(strategy, stage, steps, n_earlier, scope, facts)
             ids: Positions = "keep" if facts.mrope else policy or strategy.positions
             left = budget.times(stage.times)
             steps.append(Step(strategy, stage, left, ids, scope or strategy.scope))
     return steps
 
 
-def _check_order(strategy: Strategy, stage: Stage, before: Sequence[Step]) -> None:
-    """Raises ConfigError for a stage that comes after one that acts later in the model."""
-    if stage.rule is not None:
-        if any(step.stage.rule and step.stage.layer == stage.layer for step in before):
-            raise ConfigError(
-                f"Two strategies say what layer {stage.layer} computes. Give them distinct layers=."
-            )
-        return
-    inside = [s.stage for s in before if s.stage.site is Site.DECODER and s.stage.rule is None]
-    last = max((other.layer or 0 for other in inside), default=None)
-    if last is None or (stage.layer is not None and stage.layer > last):
-        return
-    where = "before" if stage.layer is None else f"before layer {stage.layer} of"
-    raise ConfigError(
-        f"{strategy.name} acts {where} the language model, but comes after a stage before its "
-        f"layer {last}. List the strategies in the order in which they act, each at its own layer."
-    )
-
-
-def _check_scope(strategy: Strategy, stage: Stage, given: Scope | None, facts: Facts) -> None:
-    """Raises where ``given`` is unknown, or the place of a stage says what competes there."""
-    if given not in (None, *get_args(Scope)):
-        known = ", ".join(map(repr, get_args(Scope)))
-        raise ConfigError(f"scope={given!r} is unknown; choose one of {known}.")
-    if given in (None, strategy.scope) or stage.site is Site.PROJECTOR:
-        return
-    where, possible = "on a whole sample, inside the language model", {"sample"}
-    if stage.site is Site.ENCODER:
-        where, possible = "tile by tile, inside the vision tower", {"tile"}
-        if facts.n_tokens is not None:  # then every image is one tile
-            possible.add("image")
-    if given not in possible:
-        raise UnsupportedError(
-            f"scope={given!r}: {strategy.name} decides {where}. Leave scope out, or use a "
-            "strategy that acts after the projector."
-        )
+def _with_videos(adapter: VLMAdapter) -> Facts:
+    """Returns the adapter's facts, with frames among the signals where a model takes videos."""
+    facts = adapter.facts
+    videos = any(modality.name == "video" for modality in adapter.modalities)
+    return replace(facts, signals=facts.signals | {Frames}) if videos else facts
 
 
 def _with_text(chosen: Sequence[Strategy], facts: Facts, tower: TextTower | None) -> Facts:

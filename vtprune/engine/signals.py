@@ -96,7 +96,8 @@ def decide(step: Step, images: Images) -> list[Selection]:
         groups[len(tokens), images.grids[i], budgets[i]].append(i)
     every = [_signals(step, images, members) for members in groups.values()]
     for members, group in zip(groups.values(), every, strict=True):
-        signals = replace(group, groups=every)
+        share = budgets[members[0]].share(len(images.tokens[members[0]]))
+        signals = replace(group, groups=every, share=share)
         counts = step.strategy.counts(signals, budgets[members[0]])
         for k in sorted(set(counts)):
             rows = [row for row, count in enumerate(counts) if count == k]

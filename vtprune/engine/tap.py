@@ -207,6 +207,11 @@ def is_reading() -> bool:
     return _reading.get() is not None
 
 
+def reader() -> Reader | None:
+    """Returns what reads in this context, for attention that does not pass transformers'."""
+    return _reading.get()
+
+
 @contextmanager
 def changing(changer: Changer) -> Iterator[None]:
     """Lets ``changer`` stand between the attention calls of this context."""

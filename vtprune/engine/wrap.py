@@ -112,6 +112,16 @@ class Handle:
         """Returns what the last call kept, per image, and what is known of its costs."""
         return report_of(self)
 
+    def encode(self, batch: Mapping[str, Any]) -> tuple[Mapping[str, Any], list[Selection]]:
+        """Encodes what is seen in ``batch``, and no more: what is left per modality, and of what.
+
+        Returns:
+            The outputs that the language model would get, and a selection per image or video.
+        """
+        self._forget()
+        outputs, _ = self._encode(batch, valid_tokens(batch, None))
+        return outputs, self.selections
+
     @property
     def acts_inside(self) -> bool:
         """Whether something happens inside the language model."""

@@ -10,6 +10,7 @@ from typing import Any
 from vtprune.errors import ConfigError
 from vtprune.registry import build, strategy_names
 from vtprune.registry import spell as spell_strategy
+from vtprune.setting import Setting, is_setting, read_setting
 from vtprune.types import Budget
 
 UNPRUNED, BLIND = "unpruned", "blind"
@@ -128,6 +129,21 @@ def check_strategies(names: Sequence[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(map(spell_strategy, wanted)))
 
 
+def point_of(setting: Setting) -> Point:
+    """Returns the point that a setting from a file means.
+
+    Raises:
+        ConfigError: its strategy or an option is unknown, or its budget is missing or too much.
+    """
+    computes = build(setting.spelled).kind == "compute"
+    if computes != (setting.keep is None and setting.reduce is None):
+        said = "lets no token leave; leave keep out" if computes else "needs keep, as in keep: 64"
+        raise ConfigError(f"The setting's strategy {setting.strategy} {said}.")
+    if setting.reduce is not None:
+        return Point(setting.spelled, f"{REDUCE}{setting.reduce}")
+    return Point(setting.spelled, "100%" if setting.keep is None else spell(setting.keep))
+
+
 def points(
     strategies: Sequence[str],
     budgets: Sequence[str],
@@ -137,7 +153,8 @@ def points(
 ) -> list[Point]:
     """Returns ceiling, floor (if ``blind``), and each strategy at each budget below 100 %.
 
-    ``reduces`` are further budgets, of what leaves a ViT.
+    ``reduces`` are further budgets, of what leaves a ViT. A strategy that is the file of a setting
+    has the budget that stands in it, and no other.
 
     Keeping everything is the unpruned model, so the ceiling is every strategy's 100 % point. One
     from which no token leaves, but which computes less, has a 100 % point of its own and no other.
@@ -151,7 +168,10 @@ def points(
     below = [text for text in spelled if text != "100%"]
     below += [f"{REDUCE}{number}" for number in dict.fromkeys(map(parse_reduce, reduces))]
     found = [CEILING, FLOOR] if blind else [CEILING]
-    for name in check_strategies(strategies):
+    files = [name for name in strategies if is_setting(name)]
+    found += [point_of(read_setting(file)) for file in files]
+    names = [name for name in strategies if not is_setting(name)]
+    for name in check_strategies(names) if names or not files else ():
         computes = build(name).kind == "compute"
         found += [Point(name, budget) for budget in (["100%"] if computes else below)]
     return found

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,16 +23,19 @@ from vtprune.eval import doctor as checking
 from vtprune.eval import samples, shipped
 from vtprune.eval import scenes as making
 from vtprune.eval import show as showing
-from vtprune.eval.asked import asked
-from vtprune.eval.budgets import BUDGETS, STRATEGIES, Point, parse_keep, split
+from vtprune.eval.asked import asked, asked_one
+from vtprune.eval.budgets import BUDGETS, STRATEGIES, Point, parse_budget, split
 from vtprune.eval.cli_bench import bench
+from vtprune.eval.cli_report import report
 from vtprune.eval.cli_train import Device, Dtype, Model, train
+from vtprune.eval.cli_tune import tune_command
+from vtprune.eval.cli_words import command, given_of
 from vtprune.eval.export import write_parquet
 from vtprune.eval.output import progress_bar, write_output
+from vtprune.eval.ranks import Ranks
 from vtprune.eval.results import Folder, check_folder, write_whole
 from vtprune.eval.samples_vit import VIT_TASKS
-from vtprune.eval.sweep import Sweep, settings_of
-from vtprune.eval.sweep_vit import SWEEPS
+from vtprune.eval.sweep import settings_of
 from vtprune.registry import build, family_notes, strategy_class, strategy_names
 
 
@@ -47,7 +49,8 @@ class _Commands(TyperGroup):
             if isinstance(error, ImportError) and "vtprune[" not in str(error):
                 raise
             message = f"[red]{escape(str(error))}[/red]"
-            Console(stderr=True, soft_wrap=True, highlight=False).print(message)
+            console = Console(stderr=True, soft_wrap=True, highlight=False)
+            (ctx.obj or Ranks.alone()).once(lambda: console.print(message))
             raise typer.Exit(2) from error
 
 
@@ -64,12 +67,19 @@ def _version(asked: bool) -> None:
 
 @app.callback()
 def vtprune(
+    ctx: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print it.")
     ] = False,
 ) -> None:
     """Drop or merge the visual tokens that a vision-language model can do without."""
     logging.disable_progress_bar()
+    ctx.obj = Ranks.join()
+    if ctx.obj.world > 1 and ctx.invoked_subcommand != "sweep":
+        raise ConfigError(
+            f"vtprune {ctx.invoked_subcommand} runs in one process; only sweep is shared by "
+            "several. Start it without torchrun or accelerate launch."
+        )
 
 
 @app.command()
@@ -85,7 +95,13 @@ def sweep(
     reduce: Annotated[
         str, typer.Option(help="Of ViTs, with commas: 8 leave per block; 0.5 of the FLOPs saved.")
     ] = "",
-    task: Annotated[str, typer.Option(help="Names with commas; see list. By model.")] = "",
+    task: Annotated[
+        str,
+        typer.Option(help="Names with commas; see list. By model. lmms:pope asks by lmms-eval."),
+    ] = "",
+    include_path: Annotated[
+        str, typer.Option(help="Folders with tasks in lmms-eval's form, with commas.")
+    ] = "",
     limit: Annotated[int, typer.Option(min=1, help="Samples per task.")] = 300,
     batch_size: Annotated[int, typer.Option(min=1, help="Samples per batch.")] = 16,
     out: Annotated[Path, typer.Option(help="Folder for the results; resumed.")] = Path("sweep"),
@@ -99,18 +115,18 @@ def sweep(
     dtype: Dtype = "float32",
 ) -> None:
     """Accuracy against token budget on held-out samples: table, plot and files."""
-    console = Console()
-    options = {name: str(ctx.params[name]) for name in ("strategy", "keep", "reduce", "hint")}
+    ranks: Ranks = ctx.obj
+    console = Console(quiet=not ranks.first)
+    names = ("strategy", "keep", "reduce", "task", "include_path", "hint")
     vit = shipped.vit(model)
-    wanted = asked(vit, options | {"task": task}, given_of(ctx))
+    wanted = asked(vit, {name: str(ctx.params[name]) for name in names}, given_of(ctx))
     ctx.params |= wanted.options
     chosen: Sequence[Point] = wanted.points
     check_folder(out)
     folder, stopped, gflops = None, None, None
-    n_tasks = len(wanted.tasks)
-    total = limit * len(chosen) * n_tasks
+    total = limit * len(chosen) * len(wanted.tasks)
     try:
-        loaded, processor = shipped.load(model, device, dtype)
+        loaded, processor = shipped.load(model, ranks.device(device), dtype)
         settings = settings_of(
             loaded,
             processor,
@@ -122,15 +138,15 @@ def sweep(
             hint=hint,
         )
         everything = "all" in split(wanted.options["strategy"])
-        sweeping = SWEEPS[vit] if vit else Sweep
-        run = sweeping(loaded, processor, chosen, settings, lenient=everything)
-        chosen, gflops, total = run.points, run.gflops, limit * len(run.points) * n_tasks
-        folder = Folder(out, settings)
+        run = wanted.sweep(loaded, processor, chosen, settings, lenient=everything)
+        chosen, gflops, total = run.points, run.gflops, run.total
+        folder = Folder(out, settings, ranks)
+        folder.remember(command(ctx))
         for note in [*run.refused.values(), *folder.damage]:
             console.print(f"[yellow]{escape(note)}[/yellow]", soft_wrap=True)
         with progress_bar(console) as progress:
             bar = progress.add_task("answers", total=total)
-            run.run(folder, lambda n: progress.advance(bar, n))
+            run.run(folder, lambda n: progress.update(bar, completed=ranks.count(n)))
     except KeyboardInterrupt:
         stopped = "Interrupted"
     except BaseException:
@@ -142,7 +158,8 @@ def sweep(
         message = f"{stopped}; {done} of {total} answers are in {out}. This resumes:"
         console.print(Text(f"{message}\n{command(ctx)}"), soft_wrap=True)
     if folder is not None:
-        write_output(folder, chosen, console, gflops)
+        if ranks.first:
+            write_output(folder, chosen, console, gflops)
         folder.close()
     if stopped:
         raise typer.Exit(130)
@@ -150,20 +167,26 @@ def sweep(
 
 @app.command()
 def show(
+    ctx: typer.Context,
     image: Annotated[Path | None, typer.Argument(help="Image file; without it a scene.")] = None,
     scene: Annotated[int, typer.Option(min=0, help="Number of a held-out scene, or picture.")] = 0,
     question: Annotated[str | None, typer.Option(help="What to ask; mini-clip: a caption.")] = None,
-    strategy: Annotated[str, typer.Option(help="One strategy.")] = showing.STRATEGY,
+    strategy: Annotated[
+        str, typer.Option(help="One strategy, or the file of a setting.")
+    ] = showing.STRATEGY,
     keep: Annotated[str, typer.Option(help="64 is tokens; 0.25 or 25% is a share.")] = "25%",
     out: Annotated[Path, typer.Option(help="Picture to write.")] = Path("kept.png"),
     model: Model = shipped.DEFAULT,
 ) -> None:
     """Answer a question about one image, and draw the patches that were kept or merged."""
+    point = asked_one(strategy, keep, given_of(ctx))
+    strategy = point.strategy
     if build(strategy).kind == "compute":
         raise ConfigError(f"{strategy} keeps all visual tokens, so there is nothing to draw.")
-    budget = parse_keep(keep)
+    if "keep" not in (budget := parse_budget(point.budget)):
+        raise ConfigError(f"{point.budget} says what leaves per block; show takes --keep.")
     picture, asked = showing.what_to_show(image, scene, question, shipped.vit(model))
-    shown = showing.show(picture, asked, strategy, budget, out, model)
+    shown = showing.show(picture, asked, strategy, budget["keep"], out, model)
     console = Console(highlight=False, soft_wrap=True)
     asked_first = f"{escape(shown.question)} " if shown.question else ""
     console.print(
@@ -223,6 +246,8 @@ def calibrate(
 
 
 app.command()(train)
+app.command()(report)
+app.command("tune")(tune_command)
 app.add_typer(bench, name="bench")
 
 
@@ -266,22 +291,3 @@ def doctor() -> None:
 def count(folder: Folder, chosen: Sequence[Point]) -> int:
     """Returns how many answers of these points the folder holds."""
     return sum(row.point in chosen for row in folder.answers.rows)
-
-
-def given_of(ctx: typer.Context) -> set[str]:
-    """Returns the names of the options that the user gave."""
-    return {
-        name
-        for name in ctx.params
-        if (source := ctx.get_parameter_source(name)) and source.name != "DEFAULT"
-    }
-
-
-def command(ctx: typer.Context) -> str:
-    """Returns the command line that ``ctx`` was made from, every option spelled out."""
-    options = [
-        word
-        for name, value in ctx.params.items()
-        for word in (f"--{name.replace('_', '-')}", str(value))
-    ]
-    return shlex.join(["vtprune", str(ctx.info_name), *options])

@@ -11,6 +11,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from vtprune.eval.budgets import Point, split
+from vtprune.eval.lmms_metrics import write_metrics
 from vtprune.eval.plots import plot
 from vtprune.eval.results import Folder, write_whole
 from vtprune.eval.stats import Summary, summarize
@@ -25,6 +26,7 @@ def progress_bar(console: Console) -> Progress:
         MofNCompleteColumn(),
         TimeRemainingColumn(),
         console=console,
+        disable=console.quiet,
     )
 
 
@@ -56,7 +58,8 @@ def write_output(
     write_whole(folder.path / "table.md", "\n".join(tables))
     for task, several in found.items():
         one_task = len(split(folder.settings.task)) == 1
-        picture = "accuracy.png" if one_task else f"accuracy-{task}.png"
+        picture = "accuracy.png" if one_task else f"accuracy-{task.replace(':', '-')}.png"
         plot(several, folder.path / picture, titles[task], gflops)
         console.print(rich_table(several, titles[task], gflops))
+    write_metrics(folder.path, points, console)
     console.print(f"Files: {escape(str(folder.path))}", soft_wrap=True)

@@ -32,6 +32,11 @@ def regions_of(selection: Selection, lit: NDArray[np.bool_]) -> NDArray[np.int64
     return owner.reshape(lit.shape)
 
 
+def merges(regions: NDArray[np.int64]) -> bool:
+    """Whether a region is one token; where tokens only leave, all that stay are one region."""
+    return bool((regions > 0).any())
+
+
 def in_mean_color(seen: NDArray[np.float32], regions: NDArray[np.int64]) -> NDArray[np.float32]:
     """Returns the picture ``[H, W, 3]`` with the mean color of each region of several patches."""
     painted = seen.copy()

@@ -17,6 +17,7 @@ from vtprune.eval.scene_questions import KINDS
 from vtprune.registry import unknown
 
 DEFAULT = "scenes"
+LMMS = "lmms:"  # begins tasks that lmms-eval asks
 # Width and height in pixels; five sizes and seven kinds of question meet in every way.
 SIZES = ((96, 96), (128, 96), (104, 152), (160, 128), (176, 176))
 MAX_NEW_TOKENS = 5  # answers are one word, or a number of up to four digits

@@ -52,7 +52,7 @@ def vit(name: str) -> str | None:
     Raises:
         ConfigError: there is no such model.
     """
-    local = _directory(name)
+    local = directory(name)
     kind = None if local is None else kind_of(local)
     return None if kind is None else kind.NAME
 
@@ -74,7 +74,7 @@ def load(name: str = DEFAULT, device: str = "cpu", dtype: str = "float32") -> tu
     """
     if dtype not in DTYPES:
         raise ConfigError(f"dtype={dtype!r} is not known; choose one of {', '.join(DTYPES)}.")
-    local = _directory(name)
+    local = directory(name)
     if name in names():
         verify(name)
     elif local is not None:
@@ -173,7 +173,7 @@ def _parts_of(model: Any, processor: Any) -> dict[str, Any]:
     }
 
 
-def _directory(name: str) -> Path | None:
+def directory(name: str) -> Path | None:
     """Returns the local directory that ``name`` means, or None for a hub id."""
     if name in names():
         return MODELS / name

@@ -22,7 +22,7 @@ from vtprune.engine.plan import wrap
 from vtprune.engine.wrap import Handle
 from vtprune.errors import ConfigError, UnsupportedError
 from vtprune.eval import scenes
-from vtprune.eval.regions import enlarged, in_mean_color, regions_of
+from vtprune.eval.regions import enlarged, in_mean_color, merges, regions_of
 from vtprune.eval.samples import MAX_NEW_TOKENS, Asker
 from vtprune.eval.shipped import load
 from vtprune.eval.shipped_vit import Inputs
@@ -218,7 +218,7 @@ def draw(
     left.set_title(
         f"all {shown.tokens} visual tokens: {shown.unpruned or NOTHING}", parse_math=False
     )
-    right.imshow((in_mean_color(seen, regions) if _merges(regions) else seen) * light)
+    right.imshow((in_mean_color(seen, regions) if merges(regions) else seen) * light)
     lines = frames(regions, seen.shape[:2])
     right.add_collection(LineCollection(lines, colors="w", linewidths=0.8))
     right.set_title(
@@ -229,11 +229,6 @@ def draw(
         axes.set_axis_off()
     figure.suptitle(shown.question, fontsize=14, parse_math=False)
     figure.savefig(out)
-
-
-def _merges(regions: NDArray[np.int64]) -> bool:
-    """Whether a region is one token; where tokens only leave, all that stay are one region."""
-    return bool((regions > 0).any())
 
 
 def frames(regions: NDArray[Any], size: Sequence[int]) -> list[list[tuple[float, float]]]:

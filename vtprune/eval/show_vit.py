@@ -16,7 +16,7 @@ from vtprune.eval.regions import regions_of
 from vtprune.eval.samples_vit import load_objects, load_pairs
 from vtprune.eval.scene_objects import CLASSES
 from vtprune.eval.shipped_vit import Inputs
-from vtprune.types import Keep
+from vtprune.types import Keep, Selection
 
 
 @dataclass(frozen=True)
@@ -62,11 +62,21 @@ def see(
             pruned = _said(model, inputs, pixels, caption)
             (selection,) = handle.selections
         whole = _said(model, inputs, pixels, caption)
+    lit = kept_patches(selection)
+    return Seen(pruned, whole, as_seen(pixels), regions_of(selection, lit), int(lit.sum()))
+
+
+def kept_patches(selection: Selection) -> NDArray[np.bool_]:
+    """Returns which patches of the one picture stay to the end, ``[rows, cols]``."""
     side = int(selection.n**0.5)
     lit = np.zeros(selection.n, dtype=bool)
     lit[selection.slots[0].cpu().numpy()] = True
-    seen = ((pixels[0].float().cpu().permute(1, 2, 0) + 1) / 2).numpy()
-    return Seen(pruned, whole, seen, regions_of(selection, lit.reshape(side, side)), int(lit.sum()))
+    return lit.reshape(side, side)
+
+
+def as_seen(pixels: torch.Tensor) -> NDArray[np.float32]:
+    """Returns the picture that ``pixels`` ``[1, 3, H, W]`` are of, ``[H, W, 3]`` in 0 to 1."""
+    return ((pixels[0].float().cpu().permute(1, 2, 0) + 1) / 2).numpy()
 
 
 def _said(model: Any, inputs: Inputs, pixels: torch.Tensor, caption: str) -> str:

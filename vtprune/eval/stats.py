@@ -12,6 +12,7 @@ from vtprune.eval.budgets import CEILING, Point
 from vtprune.eval.rows import Answer, Timing
 
 Z95 = 1.959963984540054
+Right = bool | float  # how right an answer is, 0 to 1
 
 
 @dataclass(frozen=True)
@@ -48,18 +49,63 @@ def accuracy(right: int, n: int) -> Interval:
     return Interval(right / n, float(low), float(high))
 
 
-def paired_difference(ours: Sequence[bool], base: Sequence[bool]) -> Interval:
+def mean_right(rights: Sequence[Right]) -> Interval:
+    """Returns how right answers are on average; of mere right and wrong with ``accuracy``."""
+    if _all_or_nothing(rights):
+        return accuracy(round(sum(rights)), len(rights))
+    return _of_mean(rights, 0.0)
+
+
+def paired_difference(ours: Sequence[Right], base: Sequence[Right]) -> Interval:
     """Returns mean(ours) - mean(base) over the same samples.
 
     The interval is the normal approximation for paired shares with one sample added to each kind
     of change, gained and lost (Bonett and Price 2012), so it has a width even where none changed.
+    Where answers are right in part it is that of a mean.
     """
+    if not _all_or_nothing([*ours, *base]):
+        return _of_mean([a - b for a, b in zip(ours, base, strict=True)], -1.0)
     n = len(ours)
     gained = sum(a and not b for a, b in zip(ours, base, strict=True))
     lost = sum(b and not a for a, b in zip(ours, base, strict=True))
     p, q = (gained + 1) / (n + 2), (lost + 1) / (n + 2)
     half = Z95 * math.sqrt((p + q - (p - q) ** 2) / (n + 2))
     return Interval((gained - lost) / n, max(-1.0, p - q - half), min(1.0, p - q + half))
+
+
+@dataclass(frozen=True)
+class Changes:
+    """How many samples were right once but not now, and now but not before.
+
+    ``p`` is that of McNemar's exact test: how likely is a split at least as uneven by chance.
+    """
+
+    lost: int
+    gained: int
+    p: float
+
+
+def _all_or_nothing(rights: Sequence[Right]) -> bool:
+    return all(right in (0, 1) for right in rights)
+
+
+def _of_mean(values: Sequence[float], least: float) -> Interval:
+    """Returns a mean with the normal approximation; values, and so it, are ``least`` to 1."""
+    mean = statistics.fmean(values)
+    if len(values) < 2:
+        return Interval(mean, least, 1.0)
+    half = Z95 * statistics.stdev(values) / math.sqrt(len(values))
+    return Interval(mean, max(least, mean - half), min(1.0, mean + half))
+
+
+def changes(ours: Sequence[Right], base: Sequence[Right]) -> Changes:
+    """Returns what changed from ``base`` to ``ours`` on the same samples."""
+    gained = sum(a > b for a, b in zip(ours, base, strict=True))
+    lost = sum(a < b for a, b in zip(ours, base, strict=True))
+    if not gained + lost:
+        return Changes(0, 0, 1.0)
+    test = need("scipy.stats", extra="eval").binomtest(gained, gained + lost)
+    return Changes(lost, gained, float(test.pvalue))
 
 
 def summarize(
@@ -88,7 +134,7 @@ def _summary(
         point.strategy,
         point.budget,
         len(rows),
-        accuracy(sum(row.right for row in rows.values()), len(rows)),
+        mean_right([row.right for row in rows.values()]),
         difference,
         statistics.fmean(row.kept for row in rows.values()),
         _mean([row.flops for row in rows.values()]),

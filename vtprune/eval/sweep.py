@@ -7,7 +7,7 @@ run has all of them on the samples so far.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
 from importlib.metadata import version
 from typing import Any
@@ -23,15 +23,20 @@ from vtprune.errors import UnsupportedError, VTPruneError
 from vtprune.eval.budgets import CEILING, FLOOR, Point, parse_budget, split
 from vtprune.eval.results import Folder, Settings
 from vtprune.eval.rows import Answer, Timing
-from vtprune.eval.samples import MAX_NEW_TOKENS, TASKS, Asker, Sample, Task, find_tasks
+from vtprune.eval.samples import LMMS, MAX_NEW_TOKENS, TASKS, Asker, Sample, Task, find_tasks
 from vtprune.eval.shipped import fingerprint
 from vtprune.eval.shipped_vit import Inputs
 from vtprune.flops import Cost, Shape
 from vtprune.registry import build, read, strategy_class
-from vtprune.types import Strategy
+from vtprune.types import Frames, Strategy
 
 # What answers depend on besides this package; pillow and torchvision make the pixels.
 PACKAGES = ("torch", "transformers", "pillow", "torchvision", "numpy")
+BESIDE = {
+    "mini-vit": ("timm",),
+    "mini-clip": ("open_clip_torch",),
+    LMMS: ("lmms_eval", "datasets"),
+}
 
 
 class Batch:
@@ -56,10 +61,12 @@ class Batch:
 class Sweep:
     """Measures ``points`` with one model and writes each batch to the folder when it is done.
 
-    ``known`` are the tasks that it can be asked. ViTs have subclasses of their own.
+    ``known`` are the tasks that it can be asked, and ``videos`` says whether they may have some.
+    ViTs have subclasses of their own.
     """
 
     known: Mapping[str, Task] = TASKS
+    videos: bool = False
 
     def __init__(
         self,
@@ -97,8 +104,14 @@ class Sweep:
         self.ask = Asker(self.processor, self.settings.hint)
 
     def _try(self, point: Point) -> None:
-        """Raises VTPruneError where a point does not fit the model."""
-        self._wrap(point, 0).remove()
+        """Raises VTPruneError where a point does not fit the model or the tasks."""
+        with self._wrap(point, 0) as handle:
+            steps = handle.steps if isinstance(handle, Handle) else ()
+        if not self.videos and any(Frames() in step.stage.needs for step in steps):
+            raise UnsupportedError(
+                f"{point.strategy} reduces videos, but {self.settings.task} has images alone. Use "
+                "another strategy, or a task of lmms-eval with videos."
+            )
 
     @property
     def gflops(self) -> float | None:
@@ -110,47 +123,77 @@ class Sweep:
         """How many samples are measured together."""
         return self.settings.batch_size
 
+    @property
+    def total(self) -> int:
+        """How many answers there will be, old ones too."""
+        return self.settings.limit * len(self.points) * len(self.tasks)
+
     def run(self, folder: Folder, advance: Callable[[int], None] = lambda n: None) -> None:
-        """Measures what ``folder`` lacks; ``advance`` is told the rows done, old ones too."""
-        done, timed, cold = folder.done(), folder.timed(), True
-        size, limit = self.batch, self.settings.limit
+        """Measures what ``folder`` lacks, of several ranks each its share.
+
+        ``advance`` is told the rows done, by the first rank old ones too, and 0 while it waits.
+        """
+        missing = self._missing(folder)
+        if folder.ranks.first:
+            left = sum(len(numbers) * len(todo) for _, numbers, todo in missing)
+            advance(self.total - left)
+        try:
+            for turn, (task, numbers, todo) in enumerate(folder.ranks.share(missing)):
+                # Always the whole batch, so that a resumed run repeats the same arithmetic.
+                batch = self._load(task, numbers.start, numbers.stop)
+                if turn == 0:  # the first call pays for what is set up once
+                    self._warm_up(batch)
+                for point in todo:
+                    self._write(point, batch, folder)
+                    advance(len(numbers))
+            self.settle(folder, lambda: advance(0))
+        except KeyboardInterrupt:
+            self.settle(folder)  # launchers interrupt all ranks
+            raise
+
+    def _write(self, point: Point, batch: Any, folder: Folder) -> None:
+        """Measures a point on a batch; writes the answers and the time that are not there yet."""
+        rows, ms = self.measure(point, batch)
+        folder.answers.append(rows)
+        first = batch.samples[0]
+        marks = (first.task, point.strategy, point.budget, first.index)
+        folder.timings.append([Timing(*marks, len(rows), ms)])
+
+    def _missing(self, folder: Folder) -> list[tuple[Task, range, list[Point]]]:
+        """Returns the batches of which answers or times are missing, and at which points."""
+        done, timed, limit = folder.done(), folder.timed(), self.settings.limit
+        found = []
         for task in self.tasks:
-            for first in range(0, limit, size):
-                end = min(first + size, limit)
+            for first in range(0, limit, self.batch):
+                numbers = range(first, min(first + self.batch, limit))
                 todo = [
                     point
                     for point in self.points
-                    if set(range(first, end)) - done[task.name, point]
+                    if set(numbers) - done[task.name, point]
                     or (task.name, point, first) not in timed
                 ]
-                advance((end - first) * (len(self.points) - len(todo)))
                 if todo:
-                    # Always the whole batch, so that a resumed run repeats the same arithmetic.
-                    batch = self._load(task, first, end)
-                    if cold:  # the first call pays for what is set up once
-                        self._warm_up(batch)
-                        cold = False
-                    for point in todo:
-                        self._write(point, batch, folder, done[task.name, point], timed)
-                        advance(len(batch.samples))
+                    found.append((task, numbers, todo))
+        return found
 
-    def _write(
-        self,
-        point: Point,
-        batch: Any,
-        folder: Folder,
-        old: Collection[int],
-        timed: Collection[tuple[str, Point, int]],
-    ) -> None:
-        """Measures a point on a batch; writes the answers and the time that are not there yet."""
-        rows, ms = self.measure(point, batch)
-        new = [row for row in rows if row.sample not in old]
-        if new:
-            folder.answers.append(new)
-        first = batch.samples[0]
-        if (first.task, point, first.index) not in timed:
-            marks = (first.task, point.strategy, point.budget, first.index)
-            folder.timings.append([Timing(*marks, len(rows), ms)])
+    def settle(self, folder: Folder, waiting: Callable[[], None] = lambda: None) -> None:
+        """Waits for all ranks and puts their rows together, in one order whoever made them.
+
+        First what is asked for, by task, batch, point and sample, then the folder's other rows.
+        """
+        folder.ranks.meet("measured", waiting)
+        rows = (*folder.answers.rows, *folder.timings.rows)
+        points = dict.fromkeys([*self.points, *(row.point for row in rows)])
+        point_places = {point: place for place, point in enumerate(points)}
+        task_places = {task.name: place for place, task in enumerate(self.tasks)}
+
+        def place(row: Answer | Timing) -> tuple[int, ...]:
+            task, point, number = row.key
+            at = point_places[point]
+            other = at >= len(self.points)
+            return other, task_places[task], number // self.batch, at, number
+
+        folder.gather(place)
 
     def _load(self, task: Task, first: int, end: int) -> Any:
         return Batch(task.load(first, end), self.ask, self.model.device)
@@ -237,7 +280,8 @@ def settings_of(
         hint: text after every question.
     """
     vit = processor.name if isinstance(processor, Inputs) else ""
-    packages = [*PACKAGES, *({"mini-vit": ["timm"], "mini-clip": ["open_clip_torch"]}.get(vit, []))]
+    kind = LMMS if task.startswith(LMMS) else vit
+    packages = [*PACKAGES, *BESIDE.get(kind, ())]
     versions = [f"{package} {version(package)}" for package in packages]
     first = next(model.parameters())
     return Settings(
@@ -248,8 +292,8 @@ def settings_of(
         limit,
         batch_size,
         seed,
-        0 if vit else MAX_NEW_TOKENS,
-        f"{first.device} {first.dtype}",
+        0 if kind else MAX_NEW_TOKENS,
+        f"{first.device.type} {first.dtype}",  # not its number: ranks have one each
         ", ".join([f"vtprune {vtprune.__version__}", *versions]),
     )
 
