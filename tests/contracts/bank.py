@@ -7,12 +7,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from vtprune.registry import build, strategy_names
 from vtprune.types import (
     ClsRow,
     EachHead,
     EachText,
     Facts,
     Flow,
+    Frames,
     Guidance,
     Inside,
     InstructionText,
@@ -47,7 +49,7 @@ TOWERS = {
         vision_layers=12,
         feature_block=10,
         has_cls=has_cls,
-        signals=Facts.signals_of(cls_row=has_cls),
+        signals=Facts.signals_of(cls_row=has_cls) | {Frames},
         n_tokens=36 if has_cls else None,  # so that a stage for images of any size is here too
         decoder_layers=12,
         family=f"a tower {name}",
@@ -58,12 +60,20 @@ TOWERS = {
 NEEDS_MAPS = {"zero_tprune"}
 # Those, and strategies for which only shipped ViTs have weights.
 OF_VITS = NEEDS_MAPS | {"dynamicvit", "sparsifiner"}
+# Those that compare frames of videos.
+NEEDS_FRAMES = {
+    name
+    for name in strategy_names()
+    if any(Frames() in stage.needs for stage in build(name).plan(TOWERS["with CLS"]))
+}
+# Those that a language model with images alone cannot be given.
+ELSEWHERE = NEEDS_MAPS | NEEDS_FRAMES
 BY_ITSELF = "of a ViT by itself"
 EVERY = TOWERS | {
     BY_ITSELF: replace(
         TOWERS["with CLS"],
         feature_block=11,
-        signals=TOWERS["with CLS"].signals | {Maps},
+        signals=TOWERS["with CLS"].signals - {Frames} | {Maps},
         decoder_layers=0,
         family="a ViT by itself",
     )
@@ -92,6 +102,17 @@ def _value(need: Need, batch: int, n: int, generator: torch.Generator) -> Tensor
     raise NotImplementedError(f"Say here what random {need} look like.")
 
 
+def _square(n: int) -> tuple[int, int, int] | None:
+    side = round(n**0.5)
+    return (1, side, side) if side * side == n else None
+
+
+def _clip(n: int) -> tuple[int, int, int]:
+    """As few frames as there can be, but at least three where there are tokens for them."""
+    frames = next((t for t in range(3, n) if n % t == 0), n)
+    return frames, 1, n // frames
+
+
 def make_signals(strategy: Strategy, facts: Facts, batch: int, n: int, seed: int = 0) -> Signals:
     """Random tokens ``[batch, n, 16]`` and all that the strategy's stages need.
 
@@ -102,10 +123,9 @@ def make_signals(strategy: Strategy, facts: Facts, batch: int, n: int, seed: int
     site = stages[0 if facts.has_cls else -1].site
     stages = [stage for stage in stages if stage.site is site]
     needs = {need for stage in stages for need in stage.needs}
-    side = round(n**0.5)
     signals = Signals(
         tokens=torch.randn(batch, n, WIDTH, generator=generator),
-        grid=(1, side, side) if side * side == n else None,
+        grid=_clip(n) if Frames() in needs else _square(n),
         item=torch.arange(batch),
     )
     if InstructionText() in needs:

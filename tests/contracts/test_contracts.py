@@ -34,6 +34,7 @@ ALL = strategy_names()
 KEEPING = keeping_names()  # the others are in test_compute.py and test_exit.py
 N = 36
 BY_CROP = {"holov"}  # these share the budget among crops, so equal tokens stay far apart
+BY_FRAME = {"dycoke", "stc", "vcast", "vidcom2"}  # these share it among frames
 BY_PAIRS = {"vispruner"}  # of two alike one leaves by its rank, whatever its index
 BY_SUM = {"ats"}  # even points of a sum take equal tokens at even distances
 BY_TURNS = {"mctf"}  # as the next, and then the lowest of the other half for the first that is left
@@ -264,12 +265,21 @@ def test_equal_tokens_are_kept_from_the_lowest_index_on(name: str, tower: str) -
     elif name in BY_PLACE:
         assert (equal[0].rows.diff() > 0).all()
         assert equal[0].total(torch.ones(2, N)).tolist() == [[N - 8.0] + [1.0] * 8] * 2
+    elif name in BY_FRAME:
+        frames = equal[0].rows // (N // 3)
+        assert all(len(set(row)) > 1 for row in frames.tolist()) or name == "dycoke"
+        assert (equal[0].rows % (N // 3)).tolist() == _from_the_lowest(frames)
     elif name in BY_CROP:
         assert (equal[0].rows.diff() > 1).all()
     elif equal[0].mix is None:
         assert equal[0].rows.tolist() == [list(range(equal[0].rows.shape[1]))] * 2
     else:
         assert (equal[0].rows.masked_fill(equal[0].rows < 0, N).amin(1) == 0).all()
+
+
+def _from_the_lowest(frames: torch.Tensor) -> list[list[int]]:
+    """Places in their frames, each frame's from 0 on."""
+    return [[row[:i].count(frame) for i, frame in enumerate(row)] for row in frames.tolist()]
 
 
 @each_exact

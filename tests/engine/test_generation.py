@@ -9,7 +9,7 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 
 import vtprune
 from tests import tiny
-from tests.contracts.bank import NEEDS_MAPS
+from tests.contracts.bank import ELSEWHERE
 from vtprune.engine import generation
 from vtprune.engine.generation import shift_lengths
 from vtprune.registry import keeping_names, strategy_class
@@ -17,7 +17,7 @@ from vtprune.registry import keeping_names, strategy_class
 NAMES = [
     name
     for name in keeping_names()
-    if not strategy_class(name).acts_inside and name not in NEEDS_MAPS
+    if not strategy_class(name).acts_inside and name not in ELSEWHERE
 ]
 
 

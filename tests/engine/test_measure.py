@@ -11,7 +11,7 @@ import torch
 
 import vtprune
 from tests import tiny
-from tests.contracts.bank import OF_VITS
+from tests.contracts.bank import NEEDS_FRAMES, OF_VITS
 from tests.families import batches
 from tests.families.oracles import inputs_of
 from tests.gates import random_gates
@@ -53,7 +53,7 @@ def bytes_of(cache):
     return sum(ITEM * (layer.keys.numel() + layer.values.numel()) for layer in cache.layers)
 
 
-@pytest.mark.parametrize("name", [n for n in strategy_names() if n not in OF_VITS])
+@pytest.mark.parametrize("name", [n for n in strategy_names() if n not in OF_VITS | NEEDS_FRAMES])
 def test_tokens_of_a_layer_are_those_it_is_called_with(name, tmp_path):
     model, inputs = tiny.build(), tiny.one_image()
     layers = model.model.language_model.layers

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import vtprune
 from tests import tiny
-from tests.contracts.bank import NEEDS_MAPS
+from tests.contracts.bank import ELSEWHERE
 from tests.hidden import Watch
 from tests.probes import generate
 from vtprune.engine import compaction, encoder
@@ -21,7 +21,7 @@ from vtprune.types import Budget, Signals, Site, Strategy
 NAMES = [
     name
     for name in keeping_names()
-    if not strategy_class(name).acts_inside and name not in NEEDS_MAPS
+    if not strategy_class(name).acts_inside and name not in ELSEWHERE
 ]
 BATCHES = {"one": tiny.one_image, "ragged": tiny.ragged}
 # What keeps a strategy out of the language model, where the reference drops nothing. VisionDrop

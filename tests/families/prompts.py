@@ -22,6 +22,8 @@ _VIDEO = {
     "smolvlm",
     "video_llava",
 }
+# To these a video is one thing with frames; to others frames are images.
+VIDEOS = sorted(_VIDEO - {"internvl", "smolvlm"})
 
 
 def kinds(family: str) -> list[str]:

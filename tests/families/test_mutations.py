@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.families import prompts, test_matrix
+from tests.families import test_matrix
+from tests.families.prompts import VIDEOS
 from tests.families.test_flowcut import SIZES
 from vtprune import selection
 from vtprune.engine import compaction, cuts, encoder, wrap
@@ -15,7 +16,6 @@ from vtprune.eval import tiny
 from vtprune.vlm_adapters._base import VLMAdapter
 
 MROPE = [family for family in tiny.names() if "qwen" in family]
-VIDEOS = [f for f in tiny.names() if "video_and_image" in prompts.kinds(f) and f != "internvl"]
 TILED = test_matrix.NEWLINES
 
 

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from tests.clip import ClipTokenizer, clip
-from tests.contracts.bank import NEEDS_MAPS
+from tests.contracts.bank import NEEDS_FRAMES, NEEDS_MAPS
 from tests.families.oracles import gather_is_mask, inputs_of, keeps_all, model_of
+from tests.families.prompts import VIDEOS
 from vtprune import UnsupportedError
 from vtprune.eval import tiny
 from vtprune.registry import keeping_names
@@ -34,10 +35,14 @@ VARIANTS: dict[str, Variant] = {name: (name, {}) for name in keeping_names()}
 VARIANTS |= {
     "cdpruner by CLIP": ("cdpruner", {"text_encoder": text_encoder}),
     "dart compat": ("dart", {"compat": True}),
+    "dycoke compat": ("dycoke", {"compat": True}),
     "evit without fusing": ("evit", {"fuse": False}),
+    "fastvid compat": ("fastvid", {"compat": True}),
     "flowcut compat": ("flowcut", {"compat": True}),
     "flowcut inside": ("flowcut", {"inside": True}),
     "flowcut outside": ("flowcut", {"inside": False}),
+    "holitom compat": ("holitom", {"compat": True}),
+    "holitom contextual": ("holitom", {"contextual": 0.5, "tau": 0.0}),
     "holov compat": ("holov", {"compat": True}),
     "hiprune plus": ("hiprune", {"plus": True}),
     "pitome by states": ("pitome", {"metric": "states", "prop_attn": True}),
@@ -73,6 +78,10 @@ def refusal(family: str, variant: str) -> Iterator[None]:
 
     A tower that is no CLIP has no text tower of its own, and none gives whole attention maps.
     """
+    if VARIANTS[variant][0] in NEEDS_FRAMES and family not in VIDEOS:
+        with pytest.raises(UnsupportedError, match="needs Frames"):
+            yield
+        return
     if VARIANTS[variant][0] in NEEDS_MAPS:
         with pytest.raises(UnsupportedError, match="needs Maps"):
             yield
@@ -89,9 +98,15 @@ def refusal(family: str, variant: str) -> Iterator[None]:
 def test_gather_equals_mask(family, variant):
     wrap = {**given(family, variant), "keep": KEEP.get(VARIANTS[variant][0], 0.4)}
     with refusal(family, variant):
-        report = gather_is_mask(family, inputs_of(family, "ragged"), wrap).report()
+        report = gather_is_mask(family, inputs_of(family, kind_of(family, variant)), wrap).report()
         left = [image.kept < image.tokens for image in report.images]
         assert any(left) or any(stage.kept < stage.tokens for stage in report.stages)
+
+
+def kind_of(family: str, variant: str) -> str:
+    """The batch that gives a strategy something to do."""
+    videos = VARIANTS[variant][0] in NEEDS_FRAMES and family in VIDEOS
+    return "video_and_image" if videos else "ragged"
 
 
 INSIDE = ("fastv", "pyramiddrop", "sparsevlm", "sparsevlm_plus", "todre exit", "transprune")
@@ -117,4 +132,4 @@ WHOLE = [name for name, (_, options) in VARIANTS.items() if not OWN & options.ke
 @pytest.mark.parametrize("family", FAMILIES)
 def test_keep_all_is_bit_identical(family, variant):
     with refusal(family, variant):
-        keeps_all(family, "ragged", **given(family, variant))
+        keeps_all(family, kind_of(family, variant), **given(family, variant))

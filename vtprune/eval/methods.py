@@ -14,6 +14,7 @@ from dataclasses import replace
 from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -141,8 +142,8 @@ def _places(layers: Sequence[int]) -> str:
 def merges(name: str) -> bool:
     """Whether a token is made of several.
 
-    Seen where the strategy runs on a tiny Qwen2-VL: there nothing happens inside the tower, whose
-    merging would leave no trace in the selections.
+    Seen where the strategy runs on a tiny Qwen2-VL, on an image and a video: there nothing happens
+    inside the tower, whose merging would leave no trace in the selections.
     """
     (model, processor), inputs = _tiny()
     try:
@@ -159,7 +160,12 @@ def merges(name: str) -> bool:
 def _tiny() -> Any:
     model, processor = tiny.build("qwen2_vl")
     image = Image.radial_gradient("L").resize((112, 112)).convert("RGB")
-    content = [{"type": "image", "image": image}, {"type": "text", "text": "What is this?"}]
+    video = np.stack([np.asarray(image.rotate(20 * turn)) for turn in range(8)])
+    content = [
+        {"type": "image", "image": image},
+        {"type": "video", "video": video},
+        {"type": "text", "text": "What is this?"},
+    ]
     inputs = processor.apply_chat_template(
         [{"role": "user", "content": content}],
         tokenize=True,

@@ -12,14 +12,15 @@ from vtprune.selection import Mix, Selection
 
 
 @torch.no_grad()
-def density_peaks(x: Tensor, n: int) -> tuple[Tensor, Tensor]:
+def density_peaks(x: Tensor, n: int, near: int | None = None) -> tuple[Tensor, Tensor]:
     """Puts tokens into ``n`` clusters, around those that are dense and far from denser ones.
 
-    A token's density falls with its mean squared distance to its ``n`` nearest, itself among them;
-    of equally dense ones the lower index counts as denser. Tokens with NaN or inf are the least.
+    A token's density falls with its mean squared distance to its ``near`` nearest (``n`` of them
+    where it is not given), itself among them; of equally dense ones the lower index counts as
+    denser. Tokens with NaN or inf are the least.
 
     Args:
-        x: ``[B, M, D]``; n: from 1 to M.
+        x: ``[B, M, D]``; n: from 1 to M; near: from 1 to M.
 
     Returns:
         The centres ``[B, n]`` int64, by falling density times distance to the nearest denser token,
@@ -30,7 +31,7 @@ def density_peaks(x: Tensor, n: int) -> tuple[Tensor, Tensor]:
     # Through a matrix product two mutual neighbours would differ by rounding, and both be centres.
     apart = torch.cdist(points, points, compute_mode="donot_use_mm_for_euclid_dist")
     apart = apart / x.shape[2] ** 0.5
-    density = (-apart.topk(n, largest=False).values.square().mean(-1)).exp()
+    density = (-apart.topk(near or n, largest=False).values.square().mean(-1)).exp()
     density = density.masked_fill(broken, -1.0)
     order = torch.arange(x.shape[1], device=x.device)
     denser = density[:, None] > density[:, :, None]  # [B, M, M], the second than the first
@@ -38,8 +39,8 @@ def density_peaks(x: Tensor, n: int) -> tuple[Tensor, Tensor]:
     far = apart.flatten(1).amax(1)[:, None]
     lonely = apart.masked_fill(~denser, torch.inf).amin(-1).minimum(far)
     centres = ranked(density * lonely)[:, :n]
-    near = apart.gather(1, centres[..., None].expand(-1, -1, x.shape[1]))  # [B, n, M]
-    cluster = (near == near.amin(1, keepdim=True)).to(torch.uint8).argmax(1)
+    reach = apart.gather(1, centres[..., None].expand(-1, -1, x.shape[1]))  # [B, n, M]
+    cluster = (reach == reach.amin(1, keepdim=True)).to(torch.uint8).argmax(1)
     return centres, cluster.scatter(1, centres, order[:n].expand_as(centres))
 
 
