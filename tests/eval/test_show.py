@@ -5,7 +5,7 @@ import io
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFile
 
 from vtprune import ConfigError, UnsupportedError, wrap
 from vtprune.eval import scenes, tiny
@@ -107,8 +107,10 @@ def test_frames_enclose_a_single_patch():
     }
 
 
+@pytest.mark.parametrize("lenient", [False, True])
 @pytest.mark.parametrize("kind", ["PNG", "JPEG"])
-def test_truncated_images_are_named(scene, tmp_path, kind):
+def test_truncated_images_are_named(scene, tmp_path, monkeypatch, kind, lenient):
+    monkeypatch.setattr(ImageFile, "LOAD_TRUNCATED_IMAGES", lenient)  # as lmms-eval does
     data = io.BytesIO()
     scene.image.save(data, kind)
     whole = data.getvalue()
@@ -119,6 +121,7 @@ def test_truncated_images_are_named(scene, tmp_path, kind):
         path.write_bytes(whole[:size])
         with pytest.raises(ConfigError, match=r"broken\.img cannot be read"):
             open_image(path)
+        assert ImageFile.LOAD_TRUNCATED_IMAGES is lenient
 
 
 def test_corrupt_and_missing_images_are_named(scene, tmp_path):

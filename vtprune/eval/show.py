@@ -15,7 +15,7 @@ import torch
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 from transformers import PreTrainedModel
 
 from vtprune.engine.plan import wrap
@@ -119,7 +119,8 @@ def open_image(path: Path) -> Image.Image:
     Raises:
         ConfigError: there is no such file, or it is no whole image.
     """
-    try:
+    lenient, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, False
+    try:  # other packages let Pillow fill up what is missing, in the whole process
         with Image.open(path) as image:
             return ImageOps.exif_transpose(image).convert("RGB")
     except FileNotFoundError:
@@ -128,6 +129,8 @@ def open_image(path: Path) -> Image.Image:
         reason = "it is in no image format that Pillow reads"
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         reason = str(error)
+    finally:
+        ImageFile.LOAD_TRUNCATED_IMAGES = lenient
     raise ConfigError(f"The image {path} cannot be read: {reason}. Give a whole PNG or JPEG file.")
 
 
