@@ -21,8 +21,6 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
-from tests.golden_adapters.pending import PENDING
-
 Output = Tensor | tuple[Tensor, Tensor]  # ours, or (ours, recorded) after a normalisation
 Adapter = Callable[[dict[str, Any], Any], Mapping[str, Any]]
 
@@ -167,25 +165,16 @@ def _read(path: Path) -> Case | None:
     return Case(path, method, meta.get("params", {}), frozenset(meta.get("tensors", {})), rows)
 
 
-def find_adapter(method: str, pending: Mapping[str, str] = PENDING) -> Adapter | str:
-    """Returns the adapter of ``method``, or the reason why there is none yet.
+def find_adapter(method: str) -> Adapter:
+    """Returns the adapter of ``method``.
 
     Raises:
-        GoldenError: neither an adapter nor a reason, or both.
+        GoldenError: there is none.
     """
     name = f"tests.golden_adapters.{method}"
-    if method.isidentifier() and importlib.util.find_spec(name) is not None:
-        if method in pending:
-            raise GoldenError(
-                f"{method} has an adapter: take it out of golden_adapters/pending.py."
-            )
-        return importlib.import_module(name).from_golden
-    if method not in pending:
-        raise GoldenError(
-            f"{method!r} has no adapter: write golden_adapters/{method}.py, or give a reason in "
-            "golden_adapters/pending.py."
-        )
-    return pending[method]
+    if not method.isidentifier() or importlib.util.find_spec(name) is None:
+        raise GoldenError(f"{method!r} has no adapter: write golden_adapters/{method}.py.")
+    return importlib.import_module(name).from_golden
 
 
 def check(case: Case, adapter: Adapter) -> None:

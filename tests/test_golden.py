@@ -15,7 +15,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tests.golden_adapters.pending import PENDING
 from tests.golden_harness import (
     Adapter,
     Case,
@@ -32,16 +31,13 @@ SHIPPED = Path(__file__).parent / "golden"
 
 def test_case(golden_case: Case, record_property: Callable[[str, object], None]) -> None:
     record_property("golden", golden_case.method)
-    adapter = find_adapter(golden_case.method)
-    if isinstance(adapter, str):
-        pytest.skip(f"{golden_case.method}: {adapter}")
-    check(golden_case, adapter)
+    check(golden_case, find_adapter(golden_case.method))
 
 
-def test_the_shipped_cases_are_complete_and_none_is_pending() -> None:
+def test_the_shipped_cases_are_complete() -> None:
     methods = [case.method for case in find_cases(SHIPPED)]
     assert {"fastervlm", "vtc_cls", "divprune", "visionzip"} <= set(methods)
-    assert all(not isinstance(find_adapter(method), str) for method in methods)
+    assert all(callable(find_adapter(method)) for method in methods)
 
 
 def write_case(folder: Path, method: str = "toy", **tensors: Tensor) -> Case:
@@ -132,15 +128,11 @@ def test_an_unread_input_fails_unless_ignored_with_a_reason(tmp_path: Path) -> N
     check(case, adapter(lambda tensors: tensors.ignore("in.y", "the method has no use for it")))
 
 
-def test_a_method_needs_an_adapter_or_a_reason_but_not_both() -> None:
+def test_a_method_needs_an_adapter() -> None:
     with pytest.raises(GoldenError, match=r"'unheard_of' has no adapter: write .*unheard_of\.py"):
         find_adapter("unheard_of")
     with pytest.raises(GoldenError, match="no adapter"):
         find_adapter("../fastervlm")
-    assert find_adapter("unheard_of", {"unheard_of": "why"}) == "why"
-    with pytest.raises(GoldenError, match="take it out"):
-        find_adapter("fastervlm", {"fastervlm": "why"})
-    assert all(find_adapter(method) == reason for method, reason in PENDING.items())
 
 
 def test_incomplete_folders_are_errors(tmp_path: Path, toy: Case) -> None:
@@ -214,14 +206,11 @@ def run_suite(*folders: Path) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.slow
 def test_the_option_runs_counts_and_fails(tmp_path: Path, toy: Case) -> None:
-    method = min(PENDING)
-    write_case(tmp_path / "waiting", method=method, in_x=torch.ones(1), out_keep=torch.ones(1))
     shutil.copytree(SHIPPED / "vtc_cls", tmp_path / "more")
     shipped, more = len(find_cases(SHIPPED)), len(find_cases(tmp_path / "more"))
-    result = run_suite(tmp_path / "waiting", tmp_path / "more")
+    result = run_suite(tmp_path / "more")
     assert result.returncode == 0, result.stdout
     assert f"golden cases run: {shipped + more}\n" in result.stdout
-    assert f"golden cases pending: 1 ({method} 1)\n" in result.stdout
     result = run_suite(toy.path.parent)
     assert result.returncode == 1
     assert "'toy' has no adapter" in result.stdout
