@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 import vtprune
-from tests.contracts.bank import NEEDS_MAPS
+from tests.contracts.bank import NEEDS_FRAMES, NEEDS_MAPS
 from tests.families import prompts
 from tests.families.oracles import gather_is_mask, model_of
 from vtprune.errors import UnsupportedError
@@ -66,7 +66,8 @@ def draw(seed: int, number: int) -> Case:
     """Returns case ``number``."""
     rng = random.Random(f"{seed} {number}")
     family = rng.choice(tiny.names())
-    names = [name for name in keeping_names() if name not in NEEDS_MAPS]
+    refused = NEEDS_MAPS if family in prompts.VIDEOS else NEEDS_MAPS | NEEDS_FRAMES
+    names = [name for name in keeping_names() if name not in refused]
     outside = [n for n in names if not strategy_class(n).acts_inside]
     strategy = [rng.choice(names)]
     if strategy[0] in outside and rng.random() < 0.3:

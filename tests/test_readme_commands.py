@@ -16,7 +16,8 @@ SMALL = ["--limit", "2", "--batch-size", "2"]
 # What makes a command small: options that come after those of the README, and win.
 LESS = {
     "sweep": SMALL,
-    "tune": ["--strategy", "random", "--keep", "75%", "--max-drop", "60", "--limit", "30"],
+    "tune": ["--strategy", "random", "--keep", "75%", "--max-drop", "60", "--limit", "30"]
+    + ["--batch-size", "5"],
     "calibrate": SMALL,
     "train dyvte": ["--samples", "8"],
     "train saisa": ["--samples", "16"],

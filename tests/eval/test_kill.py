@@ -30,13 +30,12 @@ def finish(process: subprocess.Popen) -> None:
     assert process.returncode == 0, errors.decode()
 
 
-def kill_and_resume(model_dir: Path, out: Path, moment: float, seconds: float) -> int:
-    """Kills with SIGKILL at a share of the time after the first row; returns the bytes left."""
+def kill_and_resume(model_dir: Path, out: Path, size: float) -> int:
+    """Kills with SIGKILL when so many bytes have been written; returns the bytes left."""
     process = start(model_dir, out)
     results = out / "results.jsonl"
-    while not results.exists() and process.poll() is None:
-        time.sleep(0.005)
-    time.sleep(moment * seconds)
+    while process.poll() is None and not (results.exists() and results.stat().st_size > size):
+        time.sleep(0.001)
     process.kill()
     process.communicate()
     left = results.stat().st_size
@@ -46,20 +45,18 @@ def kill_and_resume(model_dir: Path, out: Path, moment: float, seconds: float) -
 
 @pytest.mark.slow
 def test_killed_and_resumed(model_dir, tmp_path):
-    began = time.monotonic()
     finish(start(model_dir, tmp_path / "whole"))
     whole = {name: (tmp_path / "whole" / name).read_bytes() for name in FILES}
     marks = [json.loads(line) for line in whole["timings.jsonl"].splitlines()]
-    seconds = min(time.monotonic() - began, 1.2 * sum(mark["ms"] for mark in marks) / 1000)
-    draw = random.Random(0)
+    draw, most = random.Random(0), len(whole["results.jsonl"])
     sizes = []
-    for i in range(20):
+    for i in range(8):
         out = tmp_path / f"killed-{i}"
-        sizes.append(kill_and_resume(model_dir, out, draw.random(), seconds))
+        sizes.append(kill_and_resume(model_dir, out, draw.random() * most))
         assert (out / "results.jsonl").read_bytes() == whole["results.jsonl"]
         found = [json.loads(line) for line in (out / "timings.jsonl").read_text().splitlines()]
         batches = [tuple(mark.values())[:-1] for mark in found]  # all but the time
         assert sorted(batches) == sorted(tuple(mark.values())[:-1] for mark in marks)
-    interrupted = [size for size in sizes if size < len(whole["results.jsonl"])]
-    print(f"bytes at the kill, of {len(whole['results.jsonl'])}: {sizes}")
-    assert len(interrupted) >= 10  # else the kills came too late to prove anything
+    interrupted = [size for size in sizes if size < most]
+    print(f"bytes at the kill, of {most}: {sizes}")
+    assert len(interrupted) >= 4  # else the kills came too late to prove anything

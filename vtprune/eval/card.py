@@ -45,7 +45,7 @@ def accuracy_table(rows: Sequence[Answer], kinds: Sequence[str]) -> str:
     points = list(dict.fromkeys(row.point for row in rows))
     names = [f"{point.strategy} {point.budget}" for point in points]
     lines = [_line(["question", "n", *names]), "|---|" + "---:|" * (1 + len(points))]
-    right = {(row.point, row.sample): row.right for row in rows}
+    right = {(row.point, row.sample): row.right == 1 for row in rows}
     kind_of = {row.sample: row.kind for row in rows}
     for kind in kinds:
         mine = [i for i in kind_of if kind_of[i] == kind]

@@ -27,6 +27,7 @@ BASELINES = {"random": ":", "strided": "--"}
 # Okabe and Ito's colors, told apart by color-blind readers too; yellow is too pale for a line.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = "osD^vPX"
+LINE = 0.22  # inches of a name in the legend
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,8 @@ def plot(summaries: Sequence[Summary], path: Path, title: str, gflops: float | N
     tower takes ``gflops`` unpruned, against these and images per second.
     """
     scales = _scales(summaries, gflops)
-    figure = Figure(figsize=(3 + 5 * len(scales), 5), dpi=150, layout="constrained")
+    height = max(5.0, 1 + LINE * len({s.strategy for s in summaries}))
+    figure = Figure(figsize=(3 + 5 * len(scales), height), dpi=150, layout="constrained")
     every = figure.subplots(1, len(scales), sharey=True, squeeze=False)[0]
     for axes, scale in zip(every, scales, strict=True):
         _panel(axes, summaries, scale)
