@@ -5,6 +5,8 @@ B videos, T frames, N tokens per frame, D width.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -93,6 +95,13 @@ def rounded(exact: Tensor, k: int, most: int | Tensor, *, greedy: bool = False) 
         take_all = torch.where(turn == 0, torch.minimum(left, room), 0)
         given = given + (take_all if greedy else ((turn < left) & (room > 0)).long())
     return given
+
+
+def evenly(rooms: Sequence[int], k: int) -> list[int]:
+    """Shares ``k`` evenly among what has room, the earlier first; no more than there is."""
+    most = torch.tensor([rooms])
+    has = most > 0
+    return rounded(has * (k / max(1, int(has.sum()))), k, most)[0].tolist()
 
 
 def best_of_frames(score: Tensor, budgets: Tensor, bad: Tensor, k: int) -> Tensor:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from vtprune.scoring.temporal import best_of_frames, broken, changes, framed
+from vtprune.scoring.temporal import best_of_frames, broken, changes, evenly, framed
 from vtprune.strategies._frames import OfFrames
 from vtprune.types import Budget, Selection, Signals
 
@@ -66,8 +66,8 @@ def _even(frames: int, n: int, k: int) -> list[int]:
     counts = [0] * frames
     for members in (whole, others):
         part = min(k, len(members) * n)
-        for turn, i in enumerate(members):
-            counts[i] = part // len(members) + (turn < part % len(members))
+        for i, own in zip(members, evenly([n] * len(members), part), strict=True):
+            counts[i] = own
         k -= part
     return counts
 

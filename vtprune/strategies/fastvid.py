@@ -24,7 +24,7 @@ from vtprune.scoring.attention import salience, salience_needs
 from vtprune.scoring.clustering import density_peaks
 from vtprune.scoring.diversity import nearest
 from vtprune.scoring.still import Made, Span, copied, joined_up, stacked
-from vtprune.scoring.temporal import broken, framed, rounded
+from vtprune.scoring.temporal import broken, evenly, framed
 from vtprune.strategies._frames import OfFrames
 from vtprune.types import Budget, Facts, Frames, Need, Positions, Selection, Signals
 
@@ -111,7 +111,7 @@ class FastVID(OfFrames):
     def _exact(self, spans: list[Span], n: int, k: int) -> tuple[list[int], list[int]]:
         """Returns the same with ``k`` in all, within the ``n`` tokens of a frame."""
         total = spans[-1][1]
-        each = _even([n] * total, k)
+        each = evenly([n] * total, k)
         context = [int(own * self.context) for own in each]
         salient = [own - less for own, less in zip(each, context, strict=True)]
         anchors: list[int] = []
@@ -119,22 +119,15 @@ class FastVID(OfFrames):
             having = self._having_anchors(end - first)
             wanted = sum(context[first:end])
             rooms = [(n - own) * has for own, has in zip(salient[first:end], having, strict=True)]
-            anchors += _even(rooms, min(wanted, sum(rooms)))
+            anchors += evenly(rooms, min(wanted, sum(rooms)))
             rooms = [n - own for own in salient[first:end]]
             rooms = [room - own for room, own in zip(rooms, anchors[first:end], strict=True)]
-            more = _even(rooms, wanted - sum(anchors[first:end]))
+            more = evenly(rooms, wanted - sum(anchors[first:end]))
             salient[first:end] = [a + b for a, b in zip(salient[first:end], more, strict=True)]
         return salient, anchors
 
     def _having_anchors(self, frames: int) -> list[bool]:
         return [(frames - 1 - i) % self.every == 0 for i in range(frames)]
-
-
-def _even(rooms: list[int], k: int) -> list[int]:
-    """Shares ``k`` evenly among what has room."""
-    open_ = torch.tensor([rooms]) > 0
-    exact = open_ * (k / max(1, int(open_.sum())))
-    return rounded(exact, k, torch.tensor([rooms]))[0].tolist()
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from vtprune.scoring.streaming import StreamingPruner
+from vtprune.scoring.temporal import evenly
 from vtprune.strategies._frames import OfFrames
 from vtprune.types import Selection, Signals
 
@@ -24,7 +25,7 @@ class STC(OfFrames):
     def select(self, signals: Signals, k: int) -> Selection:
         frames = (signals.grid or (1,))[0]
         n = signals.n // frames
-        each = [k // frames + (t < k % frames) for t in range(frames)]
+        each = evenly([n] * frames, k)
         rows = []
         for tokens in signals.tokens:
             pruner = StreamingPruner()
