@@ -77,8 +77,10 @@ def test_what_is_shown_to_a_vit(tmp_path):
     path = tmp_path / "x.png"
     Image.new("RGB", (40, 30), "red").save(path)
     picture, caption = what_to_show(None, 4, None, "mini-clip")
+    assert isinstance(picture, Image.Image)
     assert picture.size == (112, 112) and caption.startswith("a ")
-    assert what_to_show(path, 4, None, "mini-vit")[0].size == (40, 30)
+    given, _ = what_to_show(path, 4, None, "mini-vit")
+    assert isinstance(given, Image.Image) and given.size == (40, 30)
     with pytest.raises(ConfigError, match="mini-vit is asked nothing"):
         what_to_show(None, 0, "what ?", "mini-vit")
     with pytest.raises(ConfigError, match="Give one as --question"):

@@ -212,7 +212,7 @@ def test_samples_of_another_version(swept):
     rows = [replace(row, question="what now ?") for row in swept.answers]
     with pytest.raises(ConfigError, match="is not the one that was asked"):
         gallery(replace(swept, answers=rows), [3])
-    for task, said in (("clips", "Unknown task 'clips'"), ("lmms:vqa", "lmms-eval's tasks")):
+    for task, said in (("chips", "Unknown task 'chips'"), ("lmms:vqa", "lmms-eval's tasks")):
         rows = [replace(row, task=task) for row in swept.answers]
         settings = replace(swept.settings, task=task)
         with pytest.raises(ConfigError, match=said):

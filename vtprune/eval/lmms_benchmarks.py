@@ -94,7 +94,8 @@ def _load(name: str, manager: Any) -> Benchmark:
                 f"chat models. Choose one of the type {', '.join(GENERATED)}."
             )
     sizes = tuple(len(task.eval_docs) for task in leaves)
-    return Benchmark(f"{LMMS}{name}", f"{name} of lmms-eval", _asked_by_lmms, manager, sizes)
+    what = f"{name} of lmms-eval"
+    return Benchmark(f"{LMMS}{name}", what, _asked_by_lmms, manager, sizes, videos=True)
 
 
 def _asked_by_lmms(first: int, end: int) -> list[Sample]:

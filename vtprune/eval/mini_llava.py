@@ -41,13 +41,17 @@ CHAT_TEMPLATE = (
 
 
 def build_tokenizer(
-    specials: Sequence[str] = SPECIALS, image: str = "<image>", more: Sequence[str] = ()
+    specials: Sequence[str] = SPECIALS,
+    image: str = "<image>",
+    more: Sequence[str] = (),
+    words: Sequence[str] = (),
 ) -> PreTrainedTokenizerFast:
     """Returns a tokenizer with one id per word of the scenes' questions, and one per digit.
 
-    ``specials`` come first, ``more`` of them last; ``image`` marks a visual token.
+    ``specials`` come first, ``more`` of them behind, then other ``words``; ``image`` marks a visual
+    token.
     """
-    words = [*specials, "user", "assistant", ":", *vocabulary(), *more]
+    words = [*specials, "user", "assistant", ":", *vocabulary(), *more, *words]
     model = WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>")
     tokenizer = Tokenizer(model)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

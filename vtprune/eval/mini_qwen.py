@@ -25,6 +25,14 @@ PATCH = 4
 MERGE = 2
 TOKEN = PATCH * MERGE  # pixels that a visual token covers, each way
 WINDOW = 32  # pixels
+PIXELS: dict[str, Any] = {
+    "patch_size": PATCH,
+    "merge_size": MERGE,
+    "temporal_patch_size": 2,
+    "size": {"shortest_edge": 32 * 32, "longest_edge": 256 * 256},
+    "image_mean": [0.5] * 3,
+    "image_std": [0.5] * 3,
+}
 IMAGE, VIDEO = "<|image_pad|>", "<|video_pad|>"
 START, END = "<|vision_start|>", "<|vision_end|>"
 SPECIALS = [IMAGE if word == "<image>" else word for word in mini_llava.SPECIALS]
@@ -39,37 +47,34 @@ def build_tokenizer() -> PreTrainedTokenizerFast:
 
 def build_processor() -> Qwen2_5_VLProcessor:
     """Returns the processor: images of any size from 32 x 32 to 256 x 256 pixels."""
-    sizes = {"shortest_edge": 32 * 32, "longest_edge": 256 * 256}
-    options = {
-        "patch_size": PATCH,
-        "merge_size": MERGE,
-        "temporal_patch_size": 2,
-        "size": sizes,
-        "image_mean": [0.5] * 3,
-        "image_std": [0.5] * 3,
-    }
     return Qwen2_5_VLProcessor(
-        Qwen2VLImageProcessor(**options),
+        Qwen2VLImageProcessor(**PIXELS),
         build_tokenizer(),
-        Qwen2VLVideoProcessor(**options),
+        Qwen2VLVideoProcessor(**PIXELS),
         chat_template=CHAT_TEMPLATE,
     )
 
 
 def build_model(seed: int = 0) -> Qwen2_5_VLForConditionalGeneration:
     """Returns an untrained model (12 + 12 layers, 96 wide) in float32."""
+    torch.manual_seed(seed)
+    return Qwen2_5_VLForConditionalGeneration._from_config(
+        build_config(), attn_implementation="sdpa"
+    )
+
+
+def build_config(words: int | None = None) -> Qwen2_5_VLConfig:
+    """Returns the configuration; ``words`` in its vocabulary, None = those of the tokenizer."""
     ids = build_tokenizer().get_vocab()
-    config = Qwen2_5_VLConfig(
+    return Qwen2_5_VLConfig(
         vision_config=_vision(),
-        text_config=_text(ids),
+        text_config=_text(ids, len(ids) if words is None else words),
         image_token_id=ids[IMAGE],
         video_token_id=ids[VIDEO],
         vision_start_token_id=ids[START],
         vision_end_token_id=ids[END],
         tie_word_embeddings=False,
     )
-    torch.manual_seed(seed)
-    return Qwen2_5_VLForConditionalGeneration._from_config(config, attn_implementation="sdpa")
 
 
 def _vision() -> dict[str, Any]:
@@ -87,10 +92,10 @@ def _vision() -> dict[str, Any]:
     }
 
 
-def _text(ids: dict[str, int]) -> dict[str, Any]:
+def _text(ids: dict[str, int], words: int) -> dict[str, Any]:
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]}
     return {
-        "vocab_size": len(ids),
+        "vocab_size": words,
         "hidden_size": WIDTH,
         "intermediate_size": 2 * WIDTH,
         "num_hidden_layers": 12,

@@ -9,14 +9,14 @@ from vtprune.types import Selection
 
 
 def regions_of(selection: Selection, lit: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """Returns per patch ``[rows, cols]`` the number of its region, -1 = it has left.
+    """Returns per patch, in the shape of ``lit``, the number of its region, -1 = it has left.
 
     Where tokens merge, the patches of a token are a region, with that token which has most of
     them; where tokens only leave, all that stay are one.
 
     Args:
-        selection: of one image, whose tokens lie in ``rows`` x ``cols``.
-        lit: ``[rows, cols]``, whose slot is still in use in the end.
+        selection: of one image, whose tokens lie in ``rows`` x ``cols``, or of a video.
+        lit: ``[rows, cols]`` or ``[T, rows, cols]``, whose slot is still in use in the end.
     """
     mix = selection.mix
     if mix is None or selection.n != lit.size:
@@ -30,6 +30,21 @@ def regions_of(selection: Selection, lit: NDArray[np.bool_]) -> NDArray[np.int64
         if source[edge] < selection.n and lit.flat[slots[target[edge]]]:
             owner[source[edge]] = target[edge]
     return owner.reshape(lit.shape)
+
+
+def moments_of(
+    frames: NDArray[np.uint8], regions: NDArray[np.int64]
+) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """Returns a video as one picture: the first frames of its moments side by side, and regions so.
+
+    Args:
+        frames: ``[F, H, W, 3]``.
+        regions: ``[T, rows, cols]``, or ``[rows, cols]`` of a video of one moment.
+    """
+    moments = regions if regions.ndim == 3 else regions[None]
+    first = frames[:: max(1, len(frames) // len(moments))][: len(moments)]
+    seen = np.concatenate(list(first), axis=1).astype(np.float32) / np.float32(255)
+    return seen, np.concatenate(list(moments), axis=1)
 
 
 def merges(regions: NDArray[np.int64]) -> bool:

@@ -12,10 +12,10 @@ from vtprune.engine.plan import wrap
 from vtprune.errors import ConfigError
 from vtprune.eval import shipped
 from vtprune.eval.budgets import Point, parse_budget
-from vtprune.eval.regions import regions_of
+from vtprune.eval.regions import moments_of, regions_of
 from vtprune.eval.results import Settings
 from vtprune.eval.rows import Answer
-from vtprune.eval.samples import TASKS, Asker, Sample, find_tasks
+from vtprune.eval.samples import TASKS, Asker, Sample, Video, find_tasks
 from vtprune.eval.samples_vit import VIT_TASKS
 from vtprune.eval.shipped_vit import Inputs
 from vtprune.eval.show import kept_mask, what_is_seen
@@ -83,12 +83,14 @@ class Seer:
     def _look_at_prompt(
         self, sample: Sample, strategy: Any, budget: dict[str, Any]
     ) -> tuple[Picture, Regions]:
-        prompt = Asker(self.processor, self.settings.hint)([sample.question], [sample.image])
+        prompt = Asker(self.processor, self.settings.hint)([sample.question], [sample.seen])
         inputs = {name: value.to(self.model.device) for name, value in prompt.items()}
         with wrap(self.model, strategy, processor=self.processor, **budget) as handle:
             self.model(**inputs)
             lit = kept_mask(handle, inputs["input_ids"])
             regions = regions_of(handle.selections[0], lit)
+        if isinstance(sample.seen, Video):
+            return moments_of(sample.seen.frames, regions)
         seen = what_is_seen(inputs["pixel_values"], self.processor.image_processor, sample.image)
         return seen, regions
 

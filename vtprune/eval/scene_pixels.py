@@ -22,13 +22,14 @@ def render(
     size: int = SIZE,
 ) -> NDArray[np.uint8]:
     """Returns ``[size, size, 3]``: ``lines`` strokes behind (least, most), ``noise`` in grays."""
-    pixels = _background(rng, lines, size)
+    pixels = background(rng, lines, size)
     for thing in things:
-        _paint(pixels, thing, rng, split)
+        put(pixels, (thing.x, thing.y), *stamp(thing, rng, split))
     return np.clip(pixels + rng.normal(0, noise, pixels.shape), 0, 255).astype(np.uint8)
 
 
-def _background(rng: np.random.Generator, lines: tuple[int, int], size: int) -> NDArray[np.float64]:
+def background(rng: np.random.Generator, lines: tuple[int, int], size: int) -> NDArray[np.float64]:
+    """Returns ``[size, size, 3]``: gray clouds, and strokes over them (least, most)."""
     base = rng.uniform(15, 105, (5, 5, 1)) + rng.uniform(-18, 18, (5, 5, 3))
     field = Image.fromarray(np.clip(base, 0, 255).astype(np.uint8))
     field = field.resize((size, size), Image.Resampling.BICUBIC)
@@ -41,14 +42,27 @@ def _background(rng: np.random.Generator, lines: tuple[int, int], size: int) -> 
     return np.asarray(field, dtype=np.float64).copy()
 
 
-def _paint(pixels: NDArray[np.float64], thing: Thing, rng: np.random.Generator, split: str) -> None:
+def stamp(
+    thing: Thing, rng: np.random.Generator, split: str
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Returns a thing's mask ``[size, size, 1]`` from 0 to 1, and its color ``[3]``."""
     kernel = Image.Resampling.BICUBIC if thing.is_digit else Image.Resampling.BOX
     drawn = _digit_masks(split)[thing.name] if thing.is_digit else (_shape_mask(thing.name),)
     mask = drawn[int(rng.integers(len(drawn)))].resize((thing.size, thing.size), kernel)
     turned = mask.rotate(float(rng.uniform(-10, 10)), Image.Resampling.BILINEAR)
     alpha = np.asarray(turned, dtype=np.float64)[:, :, None] / 255
-    color = np.asarray(COLORS[thing.color]) + rng.integers(-12, 13, 3)
-    window = pixels[thing.y : thing.y + thing.size, thing.x : thing.x + thing.size]
+    return alpha, np.asarray(COLORS[thing.color], dtype=np.float64) + rng.integers(-12, 13, 3)
+
+
+def put(
+    pixels: NDArray[np.float64],
+    place: tuple[int, int],
+    alpha: NDArray[np.float64],
+    color: NDArray[np.float64],
+) -> None:
+    """Paints a mask in a color over ``pixels``, its top-left corner at ``place`` (x, y)."""
+    x, y = place
+    window = pixels[y : y + len(alpha), x : x + alpha.shape[1]]
     window += alpha * (color - window)
 
 

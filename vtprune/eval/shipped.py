@@ -142,7 +142,7 @@ def fingerprint(model: nn.Module, processor: Any) -> str:
     """Returns 16 hex digits of what decides the answers.
 
     These are each tensor's name, shape and first and last 64 values, the configuration, and what
-    the processor does to images and texts.
+    the processor does to images, videos and texts.
     """
     digest = hashlib.sha256()
     for name, tensor in model.state_dict().items():
@@ -162,12 +162,14 @@ def _parts_of(model: Any, processor: Any) -> dict[str, Any]:
     if tokenizer is not None:  # calls leave in it how they padded
         tokenizer.no_padding()
         tokenizer.no_truncation()
+    videos = getattr(processor, "video_processor", None)
     config = model.config.to_diff_dict()
     for volatile in ("_name_or_path", "transformers_version"):
         config.pop(volatile, None)
     return {
         "config": config,
         "images": processor.image_processor.to_dict(),
+        "videos": None if videos is None else videos.to_dict(),
         "template": processor.chat_template,
         "tokenizer": "" if tokenizer is None else tokenizer.to_str(),
     }

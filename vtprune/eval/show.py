@@ -22,8 +22,8 @@ from vtprune.engine.plan import wrap
 from vtprune.engine.wrap import Handle
 from vtprune.errors import ConfigError, UnsupportedError
 from vtprune.eval import scenes
-from vtprune.eval.regions import enlarged, in_mean_color, merges, regions_of
-from vtprune.eval.samples import MAX_NEW_TOKENS, Asker
+from vtprune.eval.regions import enlarged, in_mean_color, merges, moments_of, regions_of
+from vtprune.eval.samples import CLIPS, MAX_NEW_TOKENS, TASKS, Asker, Video
 from vtprune.eval.shipped import load
 from vtprune.eval.shipped_vit import Inputs
 from vtprune.eval.show_vit import see, what_to_see
@@ -47,15 +47,25 @@ class Shown:
 
 
 def what_to_show(
-    path: Path | None, scene: int, question: str | None, vit: str | None = None
-) -> tuple[Image.Image, str]:
-    """Returns an image and a question: of the file, or else of the held-out scene.
+    path: Path | None,
+    scene: int,
+    question: str | None,
+    vit: str | None = None,
+    clip: int | None = None,
+) -> tuple[Image.Image | Video, str]:
+    """Returns what is seen and a question: the file, or else the held-out scene, or ``clip``.
 
     For a ``vit`` it is a held-out picture of its kind, and the caption in place of the question.
 
     Raises:
-        ConfigError: the image cannot be read, or the model is not asked this.
+        ConfigError: the image cannot be read, the model is not asked this, or both an image and a
+            clip are given.
     """
+    if clip is not None:
+        if path is not None or vit is not None:
+            raise ConfigError(f"--clip {clip} is a video; leave the image, or the ViT, out.")
+        (sample,) = TASKS[CLIPS].load(clip, clip + 1)
+        return sample.seen, sample.question if question is None else question
     if vit is not None:
         return what_to_see(vit, path and open_image(path), scene, question)
     if path is not None:
@@ -65,14 +75,14 @@ def what_to_show(
 
 
 def show(
-    image: Image.Image,
+    image: Image.Image | Video,
     question: str,
     strategy: str,
     keep: Keep,
     out: Path,
     model: str = "mini-llava",
 ) -> Shown:
-    """Asks about the image, pruned and unpruned, and writes the picture to ``out``.
+    """Asks about the image or video, pruned and unpruned, and writes the picture to ``out``.
 
     Raises:
         VTPruneError: the picture cannot be written, the model or the strategy does not exist, or
@@ -80,7 +90,7 @@ def show(
     """
     check_out(out)
     loaded, processor = load(model)
-    if not isinstance(processor, Inputs):
+    if not isinstance(processor, Inputs) or isinstance(image, Video):
         return ask_and_draw(loaded, processor, image, question, strategy, keep, out)
     found = see(loaded, processor, image, question, strategy, keep)
     shown = Shown(question, found.pruned, found.whole, found.kept, found.regions.size)
@@ -91,7 +101,7 @@ def show(
 def ask_and_draw(
     model: PreTrainedModel,
     processor: Any,
-    image: Image.Image,
+    image: Image.Image | Video,
     question: str,
     strategy: str,
     keep: Keep,
@@ -107,7 +117,10 @@ def ask_and_draw(
         bright = kept_mask(handle, inputs["input_ids"])
         regions = regions_of(handle.selections[0], bright)
     (unpruned,) = ask.answers(model, inputs, MAX_NEW_TOKENS)
-    seen = what_is_seen(inputs["pixel_values"], processor.image_processor, image)
+    if isinstance(image, Video):
+        seen, regions = moments_of(image.frames, regions)
+    else:
+        seen = what_is_seen(inputs["pixel_values"], processor.image_processor, image)
     shown = Shown(question, pruned, unpruned, int(bright.sum()), bright.size)
     draw(seen, regions, shown, strategy, out)
     return shown
@@ -188,23 +201,26 @@ def what_is_seen(
 def kept_mask(handle: Handle, ids: torch.Tensor) -> NDArray[np.bool_]:
     """Returns which visual tokens of the one image stay to the end, ``[rows, cols]``.
 
-    A new row that a merge made counts where its slot is; ``ids`` ``[1, L]`` are the prompt's.
+    Of a video ``[T, rows, cols]``. A new row that a merge made counts where its slot is; ``ids``
+    ``[1, L]`` are the prompt's.
 
     Raises:
         UnsupportedError: the tokens form no single grid.
     """
     images = handle.report().images
     first, grid = images[0], images[0].grid
-    if len(images) > 1 or grid is None or math.prod(grid) != first.tokens or grid[0] > 1:
+    if len(images) > 1 or grid is None or math.prod(grid) != first.tokens:
         tokens = sum(image.tokens for image in images)
         raise UnsupportedError(
             f"show draws one grid of visual tokens; the {tokens} of this model form none. Use "
             "sweep with it instead."
         )
-    placeholder, final = handle.adapter.modalities[0].placeholder, handle.final
+    placeholders = torch.tensor([m.placeholder for m in handle.adapter.modalities]).to(ids)
+    final = handle.final
     assert final is not None  # there was a call
-    slots = (ids[0] == placeholder).nonzero()[:, 0]
-    return torch.isin(slots, final[0]).reshape(grid[1:]).cpu().numpy()
+    slots = torch.isin(ids[0], placeholders).nonzero()[:, 0]
+    shape = grid if grid[0] > 1 else grid[1:]
+    return torch.isin(slots, final[0]).reshape(shape).cpu().numpy()
 
 
 def draw(
@@ -215,8 +231,9 @@ def draw(
     Patches that are one token have their mean color, and a frame together.
     """
     light = np.where(enlarged(regions, seen.shape) >= 0, 1.0, DIMMED)[:, :, None]
-    figure = Figure(figsize=(10, 5.5), dpi=120, layout="constrained")
-    left, right = figure.subplots(1, 2)
+    wide = seen.shape[1] > 2 * seen.shape[0]  # frames side by side
+    figure = Figure(figsize=(10, 4 if wide else 5.5), dpi=120, layout="constrained")
+    left, right = figure.subplots(2, 1) if wide else figure.subplots(1, 2)
     left.imshow(seen)
     left.set_title(
         f"all {shown.tokens} visual tokens: {shown.unpruned or NOTHING}", parse_math=False

@@ -23,7 +23,7 @@ from vtprune.errors import UnsupportedError, VTPruneError
 from vtprune.eval.budgets import CEILING, FLOOR, Point, parse_budget, split
 from vtprune.eval.results import Folder, Settings
 from vtprune.eval.rows import Answer, Timing
-from vtprune.eval.samples import LMMS, MAX_NEW_TOKENS, TASKS, Asker, Sample, Task, find_tasks
+from vtprune.eval.samples import CLIPS, LMMS, MAX_NEW_TOKENS, TASKS, Asker, Sample, Task, find_tasks
 from vtprune.eval.shipped import fingerprint
 from vtprune.eval.shipped_vit import Inputs
 from vtprune.flops import Cost, Shape
@@ -47,26 +47,24 @@ class Batch:
 
     @cached_property
     def seeing(self) -> dict[str, Tensor]:
-        return self._inputs([sample.image for sample in self.samples])
+        return self._inputs([sample.seen for sample in self.samples])
 
     @cached_property
     def blind(self) -> dict[str, Tensor]:
         return self._inputs(None)
 
-    def _inputs(self, images: Any) -> dict[str, Tensor]:
-        inputs = self._ask([sample.question for sample in self.samples], images)
+    def _inputs(self, seen: Any) -> dict[str, Tensor]:
+        inputs = self._ask([sample.question for sample in self.samples], seen)
         return {name: value.to(self._device) for name, value in inputs.items()}
 
 
 class Sweep:
     """Measures ``points`` with one model and writes each batch to the folder when it is done.
 
-    ``known`` are the tasks that it can be asked, and ``videos`` says whether they may have some.
-    ViTs have subclasses of their own.
+    ``known`` are the tasks that it can be asked. ViTs have subclasses of their own.
     """
 
     known: Mapping[str, Task] = TASKS
-    videos: bool = False
 
     def __init__(
         self,
@@ -87,8 +85,8 @@ class Sweep:
                 its tokens.
         """
         self.model, self.processor, self.settings = model, processor, settings
-        self._prepare()
         self.tasks = find_tasks(split(settings.task), self.known)
+        self._prepare()
         self.refused: dict[Point, str] = {}
         for point in points:
             try:
@@ -102,15 +100,18 @@ class Sweep:
 
     def _prepare(self) -> None:
         self.ask = Asker(self.processor, self.settings.hint)
+        if any(task.videos for task in self.tasks):
+            self.ask.check_videos()
 
     def _try(self, point: Point) -> None:
         """Raises VTPruneError where a point does not fit the model or the tasks."""
         with self._wrap(point, 0) as handle:
             steps = handle.steps if isinstance(handle, Handle) else ()
-        if not self.videos and any(Frames() in step.stage.needs for step in steps):
+        still = [task.name for task in self.tasks if not task.videos]
+        if still and any(Frames() in step.stage.needs for step in steps):
             raise UnsupportedError(
-                f"{point.strategy} reduces videos, but {self.settings.task} has images alone. Use "
-                "another strategy, or a task of lmms-eval with videos."
+                f"{point.strategy} reduces videos, but {', '.join(still)} has images alone. Use "
+                f"another strategy, {CLIPS!r}, or a task of lmms-eval with videos."
             )
 
     @property
@@ -206,11 +207,12 @@ class Sweep:
         if point == FLOOR:
             words, ms = self._generate(batch.blind)
             counts = [(0, 0.0, share) for share in self._blind_shares(batch)]
+            blind, seeing = (inputs["input_ids"].shape[1] for inputs in (batch.blind, batch.seeing))
+            cache = blind / seeing
         elif point == CEILING:
             words, ms = self._generate(batch.seeing)
-            placeholder = self.model.config.image_token_id
-            tokens = (batch.seeing["input_ids"] == placeholder).sum(dim=1).tolist()
-            counts = [(n, float(n), 1.0) for n in tokens]
+            tokens = self._visual(batch.seeing["input_ids"]).sum(dim=1).tolist()
+            counts, cache = [(n, float(n), 1.0) for n in tokens], 1.0
         else:
             with self._wrap(point, batch.samples[0].index) as handle:
                 words, ms = self._generate(batch.seeing)
@@ -219,11 +221,18 @@ class Sweep:
                 (*report.of_sample(row), _share(partial(report.prefill, row)))
                 for row in range(len(words))
             ]
+            cache = None if report.cache is None else report.cache.share
         rows = [
-            answer_row(sample, point, word, *count)
+            answer_row(sample, point, word, *count, cache=cache)
             for sample, word, count in zip(batch.samples, words, counts, strict=True)
         ]
         return rows, ms
+
+    def _visual(self, ids: Tensor) -> Tensor:
+        """Marks the visual tokens of prompts ``[B, L]``."""
+        config = self.model.config
+        marks = [getattr(config, f"{kind}_token_id", None) for kind in ("image", "video")]
+        return torch.isin(ids, torch.tensor([m for m in marks if m is not None]).to(ids))
 
     def _blind_shares(self, batch: Batch) -> list[float | None]:
         """What the prompts without the images cost of those with them."""
@@ -313,6 +322,7 @@ def answer_row(
     kept: float,
     flops: float | None,
     right: bool | None = None,
+    cache: float | None = None,
 ) -> Answer:
     """Returns the row of a sample at a point; ``right`` where it is not the expected word."""
     return Answer(
@@ -328,4 +338,5 @@ def answer_row(
         tokens,
         round(kept, 2),
         flops,
+        None if cache is None else round(cache, 5),
     )

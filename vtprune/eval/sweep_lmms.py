@@ -28,8 +28,6 @@ class LmmsSweep(Sweep):
 
     tasks: list[Benchmark]  # type: ignore[assignment]
 
-    videos = True
-
     def __init__(self, *args: Any, benchmarks: Sequence[Benchmark], **kwargs: Any) -> None:
         """Takes what ``Sweep`` does, and the tasks that the settings name."""
         self.known = {benchmark.name: benchmark for benchmark in benchmarks}

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vtprune.eval.scene_questions import KINDS
 from vtprune.eval.scene_things import NAMES
-from vtprune.eval.train_data import BLOCK, COLOR_NAMES, IGNORE, N_BLOCKS, Batch
+from vtprune.eval.train_data import BLOCK, COLOR_NAMES, IGNORE, N_BLOCKS
 
 
 @dataclass(frozen=True)
@@ -65,12 +65,19 @@ def block_positions(
 
 
 def answering_losses(
-    model: Any, image: Tensor, batch: Batch, words: Words, positions: Tensor
+    model: Any,
+    image: Tensor,
+    batch: Any,
+    words: Words,
+    positions: Tensor,
+    kinds: Sequence[str] = KINDS,
 ) -> dict[str, Tensor]:
     """Cross-entropy of the answers and their ends, and the share of right answers per kind.
 
     ``image`` ``[B, N, D]`` is what the language model gets; ``positions`` are those of the words
-    before it, of it, of the words after it and of the question blocks.
+    before it, of it, of the words after it and of the question blocks. ``batch`` is a
+    ``train_data.Batch``, or has its questions and what visual tokens show; ``kinds`` are those that
+    it asks.
     """
     embed = model.get_input_embeddings()
     before, after = (embed(ids).expand(len(image), -1, -1) for ids in (words.before, words.after))
@@ -87,7 +94,7 @@ def answering_losses(
     colors = _naming_loss(image, embed.weight[words.colors], batch.color)
     told = batch.early != IGNORE
     return {
-        **_answers(model, out, batch),
+        **_answers(model, out, batch, kinds),
         "naming": 0.1 * (names + colors),
         "looking": 0.3 * _looking_loss(model, batch, words, mask),
         # The word "red" itself learns to look at what is red, one step of attention instead of two.
@@ -96,7 +103,7 @@ def answering_losses(
     }
 
 
-def _answers(model: Any, out: Tensor, batch: Batch) -> dict[str, Tensor]:
+def _answers(model: Any, out: Tensor, batch: Any, kinds: Sequence[str]) -> dict[str, Tensor]:
     """The answers' loss, and how many are right, on ``out`` ``[B, S, D]``."""
     asked = batch.labels != IGNORE
     logits = model.lm_head(out[asked]).float()
@@ -104,7 +111,7 @@ def _answers(model: Any, out: Tensor, batch: Batch) -> dict[str, Tensor]:
     wrong[asked] = logits.argmax(-1) != batch.labels[asked]
     right = ~wrong.unflatten(1, (N_BLOCKS, BLOCK)).any(-1)
     shares = {
-        f"answer_{kind}_acc": right[batch.kinds == i].float().mean() for i, kind in enumerate(KINDS)
+        f"answer_{kind}_acc": right[batch.kinds == i].float().mean() for i, kind in enumerate(kinds)
     }
     return {
         "answer": F.cross_entropy(logits, batch.labels[asked]),
@@ -118,7 +125,7 @@ def lookup(model: Any) -> Any:
     return model.model.language_model.layers[3].self_attn
 
 
-def _looking_loss(model: Any, batch: Batch, words: Words, mask: Tensor) -> Tensor:
+def _looking_loss(model: Any, batch: Any, words: Words, mask: Tensor) -> Tensor:
     """Teaches one head to look from a color to what has it, and from a name to what bears it.
 
     Left to itself the model learnt to look up names, but never colors: it answered with any digit
@@ -137,7 +144,7 @@ def _looking_loss(model: Any, batch: Batch, words: Words, mask: Tensor) -> Tenso
     return (logits.logsumexp(-1) - right.logsumexp(-1)).mean()
 
 
-def _wanted(batch: Batch, words: Words) -> Tensor:
+def _wanted(batch: Any, words: Words) -> Tensor:
     """Where each word of the questions is to look ``[B, T, N]``, 0 = not there."""
     ids = batch.ids.masked_fill(batch.early == IGNORE, -1)[:, :, None]
     named, colored = (ids == words.names).float(), (ids == words.colors).float()  # [B, T, C]

@@ -149,16 +149,24 @@ class Writer:
         """Ids, labels and early labels of one question; a label is the id that follows."""
         words = question.text.split()
         telling = len(words) - (3 if words[-2] == "one" else 2)  # "red" of "the red one ?"
-        asked = self.tokenizer(question.text + " assistant :")["input_ids"]
-        answer = self.tokenizer(question.answer + " </s>")["input_ids"]
-        ids = asked + answer
-        labels = [IGNORE] * (len(asked) - 1) + answer + [IGNORE]
-        early = [IGNORE] * telling + answer[:1] * (len(asked) - 1 - telling)
-        return [
-            ids + [0] * (BLOCK - len(ids)),
-            labels + [IGNORE] * (BLOCK - len(labels)),
-            early + [IGNORE] * (BLOCK - len(early)),
-        ]
+        return block(self.tokenizer, question, telling)
+
+
+def block(tokenizer: Any, question: Question, telling: int) -> list[list[int]]:
+    """Ids, labels and early labels of a question whose word number ``telling`` says what is meant.
+
+    A label is the id that follows.
+    """
+    asked = tokenizer(question.text + " assistant :")["input_ids"]
+    answer = tokenizer(question.answer + " </s>")["input_ids"]
+    ids = asked + answer
+    labels = [IGNORE] * (len(asked) - 1) + answer + [IGNORE]
+    early = [IGNORE] * telling + answer[:1] * (len(asked) - 1 - telling)
+    return [
+        ids + [0] * (BLOCK - len(ids)),
+        labels + [IGNORE] * (BLOCK - len(labels)),
+        early + [IGNORE] * (BLOCK - len(early)),
+    ]
 
 
 def resize(image: Image.Image, size: tuple[int, int]) -> Image.Image:

@@ -136,11 +136,14 @@ def patchify(pixels: Tensor) -> Tensor:
     return x.expand(*x.shape[:6], 2, PATCH, PATCH).flatten(5).flatten(0, 4)
 
 
-def mrope_positions(before: int, rows: int, cols: int) -> Tensor:
-    """M-RoPE positions ``[3, S]`` of ``before`` words, an image, one word and question blocks."""
-    row = torch.arange(rows).repeat_interleave(cols)
-    image = before + torch.stack([torch.zeros_like(row), row, torch.arange(cols).repeat(rows)])
-    after = before + max(rows, cols)
+def mrope_positions(before: int, rows: int, cols: int, moments: int = 1) -> Tensor:
+    """M-RoPE positions ``[3, S]`` of ``before`` words, what is seen, a word and question blocks.
+
+    That is an image, or a video of so many ``moments``.
+    """
+    seen = torch.ones(moments, rows, cols).nonzero().T  # time, row, column of each token
+    image = before + seen
+    after = before + max(moments, rows, cols)
     text = torch.cat([torch.tensor([after]), block_positions(after + 1, torch.device("cpu"))])
     return torch.cat([torch.arange(before).expand(3, -1), image, text.expand(3, -1)], dim=1)
 

@@ -32,7 +32,7 @@ from vtprune.eval.train_loop import MIXED, schedule
 from vtprune.eval.train_packing import Packed, Packer
 from vtprune.projectors import Projector, Projectors, save
 from vtprune.registry import build
-from vtprune.types import Patches
+from vtprune.types import Patches, RowRule
 from vtprune.vlm_adapters._base import VLMAdapter
 
 FIRST = 950_000_000  # training scene; far behind those that the shipped models have seen
@@ -78,7 +78,7 @@ class Distillation:
     def with_block(self, projectors: Projectors, packed: Packed) -> Iterator[None]:
         """Puts the block into all layers."""
         stages = build("saisa", projectors=projectors).plan(self.adapter.facts)
-        rules = {s.layer or 0: s.rule for s in stages if s.rule is not None}
+        rules = {s.layer or 0: s.rule for s in stages if isinstance(s.rule, RowRule)}
         valid = torch.ones_like(packed.visual)
         decoding = Decoding(valid, packed.visual, packed.visual, [])
         decoding.rows[self.need] = packed.features
