@@ -89,7 +89,7 @@ def test_the_names_are_those_of_the_files() -> None:
 def test_some_strategies_keep_no_number_of_tokens() -> None:
     without = set(strategy_names()) - set(keeping_names())
     classes = {name: strategy_class(name) for name in without}
-    assert {cls.kind for cls in classes.values() if not cls.trained} == {"compute"}
+    assert {cls.kind for cls in classes.values() if not cls.trained} == {"cache", "compute"}
     assert {"dynamicvit", "dyvte", "shortv", "yopo"} <= without
 
 
@@ -146,7 +146,10 @@ def test_a_new_file_is_all_that_a_new_strategy_takes(drop: Callable[[str, str], 
     selection = vtprune.select("last_tokens", keep=2, signals=signals)
     assert selection.rows.tolist() == [[4, 5]] * 2
     assert vtprune.select("last_tokens", keep=2, gain=-1.0, signals=signals).rows[0, 0] == 0
-    assert repr(build("last_tokens", gain=2.0)) == "LastTokens(layers=None, gain=2.0)"
+    assert (
+        repr(build("last_tokens", gain=2.0))
+        == "LastTokens(layers=None, exclude_sinks=False, gain=2.0)"
+    )
 
 
 def test_a_file_without_a_strategy(drop: Callable[[str, str], None]) -> None:

@@ -30,14 +30,18 @@ class DecoderNeed(Quantity):
     """
 
 
-class LastRow(DecoderNeed):
+class Attended(DecoderNeed):
+    """Attention of some tokens to each visual token, in one form or another."""
+
+
+class LastRow(Attended):
     """Attention of the last prompt token to each visual token, mean over heads. ``[B, N]`` float32.
 
     The softmax runs over all tokens of the prompt that are still there.
     """
 
 
-class TextRows(DecoderNeed):
+class TextRows(Attended):
     """As ``LastRow``, but mean over all tokens after the last visual one. ``[B, N]`` float32.
 
     That is, over the instruction; where nothing comes after, the last token alone. Each of them
@@ -45,14 +49,14 @@ class TextRows(DecoderNeed):
     """
 
 
-class VisualRows(DecoderNeed):
+class VisualRows(Attended):
     """As ``LastRow``, but mean over all visual tokens. ``[B, N]`` float32.
 
     Each of them sees what the layer lets it see. They are taken 256 at a time.
     """
 
 
-class EachText(DecoderNeed):
+class EachText(Attended):
     """As ``TextRows``, but each of those tokens by itself, in their order. ``[B, N, T]`` float32.
 
     A row of the batch that has fewer ends with zeros. All of it is held for the whole call.
@@ -61,6 +65,18 @@ class EachText(DecoderNeed):
 
 class EachHead(EachText):
     """As ``EachText``, but each head by itself. ``[B, N, T, H]`` float32."""
+
+
+class TextPeak(Attended):
+    """As ``TextRows``, but the most of any of those tokens and any head. ``[B, N]`` float32."""
+
+
+class Spans(DecoderNeed):
+    """What each visual token is made of, whatever the layer. ``[B, N, 3]`` float32.
+
+    Of which image or video of its sample (0-based), of that its first frame, and its last; the
+    frames of images, and of videos of one frame, are -1.
+    """
 
 
 class Likeness(DecoderNeed):
@@ -79,7 +95,7 @@ class LayerKeys(DecoderNeed):
     """Mean over heads of each token's keys, as attention uses them. ``[B, N, d]`` float32."""
 
 
-class LastFlow(DecoderNeed):
+class LastFlow(Attended):
     """Score of each visual token as ``Flow`` has it, for the last prompt token. ``[B, N]`` float32.
 
     Its query takes the place of that of CLS, and its value, here with the scale ``d ** -0.5``. Both
@@ -97,6 +113,10 @@ class Normed(DecoderNeed):
 
 class RowNeed(DecoderNeed):
     """A quantity of a sample as a whole: leading dimension ``[B]``, none of tokens."""
+
+
+class FirstState(RowNeed):
+    """Hidden states that enter the layer, of the first token that is there. ``[B, D]`` float32."""
 
 
 class TextState(RowNeed):
@@ -122,8 +142,8 @@ class Transition(DecoderNeed):
 
 # What any language model gives.
 INSIDE: frozenset[type] = frozenset(
-    {LastRow, TextRows, VisualRows, EachText, EachHead, LastFlow}
-    | {KeyNorm, LayerKeys, Normed, Likeness, TextState, Turned, Transition}
+    {LastRow, TextRows, TextPeak, VisualRows, EachText, EachHead, LastFlow}
+    | {KeyNorm, LayerKeys, Normed, Likeness, FirstState, Spans, TextState, Turned, Transition}
 )
 
 
@@ -158,6 +178,14 @@ class Keys(TowerNeed):
 
 class Patches(TowerNeed):
     """Each patch as it leaves the block. ``[B, N, C]`` float32."""
+
+
+class Tile(TowerNeed):
+    """Of which tile of its image each token is, whatever the block. ``[B, N]`` float32.
+
+    Counted from 0, the base view. Frames of a video are no tiles: 0 of all; so it is where a token
+    is made of several tiles.
+    """
 
 
 class Joint(TowerNeed):
@@ -249,6 +277,7 @@ class Facts:
         mrope: whether position ids have several axes, so that renumbering makes no sense.
         family: name used in messages.
         width: of the hidden states of the tower, None where that is not said.
+        decoder_width: of those of the language model, likewise.
     """
 
     vision_layers: int
@@ -263,6 +292,7 @@ class Facts:
     mrope: bool = False
     family: str = "this model"
     width: int | None = None
+    decoder_width: int | None = None
 
     @staticmethod
     def signals_of(*, cls_row: bool) -> frozenset[type]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from vtprune.budget import Budget
 from vtprune.errors import InputError
 from vtprune.needs import Quantity
 
@@ -68,7 +69,7 @@ class Signals:
             yields the features may read them as sources N, N + 1, ...
         size: ``[B, N]`` float32, how many patches each token stands for between the blocks of the
             tower; None = one each.
-        share: of the tokens, asked for, before counts were made of it; None = ``k`` says it.
+        budget: what was asked for, before counts were made of it; None = ``k`` says it.
         groups: all rows of the call, those of equal N and budget together, so that statistics can
             be over all tiles of an image; empty = the rows here are all.
     """
@@ -81,12 +82,17 @@ class Signals:
     inside: Inside | None = None
     n_prefix: int = 0
     size: Tensor | None = None
-    share: float | None = None
+    budget: Budget | None = None
     groups: Sequence[Signals] = field(default=(), repr=False, compare=False)
 
     @property
     def n(self) -> int:
         return self.tokens.shape[1]
+
+    @property
+    def share(self) -> float | None:
+        """What share of the tokens was asked for; None = ``k`` says it."""
+        return None if self.budget is None else self.budget.share(self.n)
 
     def stack(self, *kinds: type[Quantity]) -> Tensor:
         """Returns all quantities of these kinds, stacked in layer order: ``[L, B, N, ...]``.
@@ -113,6 +119,6 @@ class Signals:
             self.inside and self.inside.of(index.tolist()),
             self.n_prefix,
             None if self.size is None else self.size[index],
-            self.share,
+            self.budget,
             self.groups,
         )

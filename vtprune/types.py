@@ -15,14 +15,18 @@ from torch import Tensor
 from vtprune.attending import AttentionRule
 from vtprune.budget import Budget, Keep, Scope
 from vtprune.errors import ConfigError
+from vtprune.evicting import Evictor
+from vtprune.interventions import Intervention, Rule, SparsePrefill
 from vtprune.kernels.topk_sorted import topk_sorted
 from vtprune.needs import (
+    Attended,
     Attention,
     ClsRow,
     DecoderNeed,
     EachHead,
     EachText,
     Facts,
+    FirstState,
     Flow,
     Frames,
     Guidance,
@@ -42,8 +46,11 @@ from vtprune.needs import (
     Quantity,
     Received,
     RowNeed,
+    Spans,
+    TextPeak,
     TextRows,
     TextState,
+    Tile,
     TotalReceived,
     TowerNeed,
     Transition,
@@ -59,6 +66,7 @@ from vtprune.selection import Mix, Selection
 from vtprune.signals import Inside, Signals
 
 __all__ = [
+    "Attended",
     "Attention",
     "AttentionRule",
     "Budget",
@@ -67,11 +75,13 @@ __all__ = [
     "EachHead",
     "EachText",
     "Facts",
+    "FirstState",
     "Flow",
     "Frames",
     "Guidance",
     "Inside",
     "InstructionText",
+    "Intervention",
     "Joint",
     "Keep",
     "KeyNorm",
@@ -92,14 +102,19 @@ __all__ = [
     "Received",
     "RowNeed",
     "RowRule",
+    "Rule",
     "Scope",
     "Selection",
     "Signals",
     "Site",
+    "Spans",
+    "SparsePrefill",
     "Stage",
     "Strategy",
+    "TextPeak",
     "TextRows",
     "TextState",
+    "Tile",
     "TotalReceived",
     "TowerNeed",
     "Transition",
@@ -135,9 +150,12 @@ class Stage:
     there: what leaves or merges does so in the attention map too, which is not computed again.
     It leaves so many ``times`` the budget, above 1 where a later stage has to come down to it; a
     function says what share it leaves, by the share that the strategy is to keep.
-    With a ``rule`` nothing leaves: it says what visual rows compute in that layer. What stands in
+    ``positions`` are its own where they are not those of the strategy.
+    With a ``rule`` nothing leaves: it says what visual rows compute in that layer, or what becomes
+    of attention there. What stands in
     ``attend`` does so for the attention of that block, whatever leaves it, but not ``ahead``; its
     stage needs ``Attention``.
+    With ``evict`` nothing leaves either, but for that layer's cache once the prompt is in it.
     """
 
     site: Site
@@ -147,8 +165,15 @@ class Stage:
     before_mlp: bool = False
     ahead: bool = False
     proportional: bool = False
-    rule: RowRule | None = None
+    rule: Rule | None = None
     attend: AttentionRule | None = None
+    positions: Positions | None = None
+    evict: Evictor | None = None
+
+    @property
+    def lets_leave(self) -> bool:
+        """Whether tokens may leave while the prompt is read."""
+        return self.rule is None and self.evict is None
 
     @property
     def inside_block(self) -> bool:
@@ -177,9 +202,12 @@ class Strategy:
     Attributes:
         layers: 0-based layers to use instead of the default, exactly as given: tower blocks to
             read, or layers of the language model before which to act.
+        exclude_sinks: of strategies that keep what attention inside the language model goes to:
+            whether sinks, which draw it whatever they show, leave before all others there.
         kind: ``select`` keeps an exact count, ``adaptive`` counts of its own per row, ``exit`` all
             tokens of a sample or none, ``compute`` all, for which less is computed: its stages have
-            rules, and it takes no ``keep``.
+            rules, and it takes no ``keep``. ``cache`` keeps all while the prompt is read, and of
+            each head an exact count from then on: its stages ``evict``.
         trained: whether it decides by weights that were trained for the very model.
         acts_inside: whether all it does is inside the language model, where ``keep`` counts the
             visual tokens of a sample. A stage there of another strategy has whole images counted
@@ -193,7 +221,7 @@ class Strategy:
             with the last token of their ``row``. No budget counts them.
     """
 
-    kind: ClassVar[Literal["select", "adaptive", "exit", "compute"]] = "select"
+    kind: ClassVar[Literal["select", "adaptive", "exit", "compute", "cache"]] = "select"
     positions: ClassVar[Positions] = "renumber"
     scope: ClassVar[Scope] = "image"
     newlines: ClassVar[Newlines] = "keep"
@@ -201,6 +229,7 @@ class Strategy:
     trained: ClassVar[bool] = False
 
     layers: tuple[int, ...] | None = field(default=None, kw_only=True)
+    exclude_sinks: bool = field(default=False, kw_only=True)
 
     @property
     def name(self) -> str:
@@ -233,7 +262,7 @@ class Strategy:
 
     def _allowed_layers(self, facts: Facts) -> tuple[Sequence[int], str]:
         if self.acts_inside:
-            computes, last = self.kind == "compute", facts.decoder_layers - 1
+            computes, last = self.kind in ("compute", "cache"), facts.decoder_layers - 1
             first = 0 if computes else facts.first_stage
             where = "in" if computes else "before"
             return range(first, last + 1), f"decoder layers {first} to {last} to act {where}"

@@ -29,10 +29,13 @@ from vtprune.types import (
     Normed,
     Quantity,
     Received,
+    RowRule,
     Selection,
     Signals,
     Site,
+    Spans,
     Strategy,
+    TextPeak,
     TextRows,
     TextState,
     Transition,
@@ -66,6 +69,12 @@ NEEDS_FRAMES = {
     for name in strategy_names()
     if any(Frames() in stage.needs for stage in build(name).plan(TOWERS["with CLS"]))
 }
+# Those whose rules say what visual rows compute, not what becomes of attention.
+BY_ROWS = {
+    name
+    for name in strategy_names()
+    if any(isinstance(s.rule, RowRule) for s in build(name).plan(TOWERS["with CLS"]))
+}
 # Those that a language model with images alone cannot be given.
 ELSEWHERE = NEEDS_MAPS | NEEDS_FRAMES
 BY_ITSELF = "of a ViT by itself"
@@ -81,7 +90,10 @@ EVERY = TOWERS | {
 
 
 def _value(need: Need, batch: int, n: int, generator: torch.Generator) -> Tensor:
-    if isinstance(need, (ClsRow, LastRow, Received, TextRows, VisualRows, WideClsRow)):
+    if isinstance(need, Spans):  # of one video, without those of the others
+        frames = torch.arange(n) // _clip(n)[2]
+        return torch.stack([frames * 0, frames, frames], 1).float().expand(batch, -1, -1)
+    if isinstance(need, (ClsRow, LastRow, Received, TextPeak, TextRows, VisualRows, WideClsRow)):
         return torch.randn(batch, n, generator=generator).softmax(-1)
     if isinstance(need, Flow):
         return torch.rand(batch, n, 2, generator=generator)

@@ -75,7 +75,10 @@ def test_the_report_says_what_caches_hold_and_what_was_computed():
     assert report.cache is not None
     assert report.rules is not None
     assert report.cache.held == held < report.cache.unpruned
-    assert "attend if chosen by ZipVL(layers=None, tau=0.3, others='drop', " in str(report)
+    assert (
+        "attend if chosen by ZipVL(layers=None, exclude_sinks=False, tau=0.3, others='drop', "
+        in str(report)
+    )
     rows, text = inputs["input_ids"].shape[1], model.config.text_config
     d, m = text.hidden_size, text.intermediate_size
     full = rows * (3 * d**2 + 3 * d * m) + 2 * rows**2 * d

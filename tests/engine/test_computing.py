@@ -10,6 +10,7 @@ from torch import Tensor
 
 import vtprune
 from tests import tiny
+from tests.contracts.bank import BY_ROWS
 from tests.engine.rules_reference import reference
 from tests.probes import generate
 from tests.projectors import ready
@@ -29,7 +30,7 @@ def turned() -> dict[str, Tensor]:
 
 BATCHES = {"one": tiny.one_image, "ragged": tiny.ragged, "turned": turned}
 INSIDE = [name for name in strategy_names() if strategy_class(name).acts_inside]
-NAMES = [name for name in INSIDE if strategy_class(name).kind == "compute"]
+NAMES = [name for name in INSIDE if name in BY_ROWS and strategy_class(name).kind == "compute"]
 AS_EVER = RowRule()
 RULES = {
     "frozen": RowRule(attend="none", mlp=0.0),

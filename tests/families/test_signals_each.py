@@ -26,6 +26,7 @@ from vtprune.types import (
     Site,
     Stage,
     Strategy,
+    TextPeak,
     Turned,
 )
 
@@ -41,7 +42,7 @@ class Reading(Strategy):
     acts_inside: ClassVar[bool] = True
 
     def plan(self, facts: Facts) -> tuple[Stage, ...]:
-        each = [kind(self.at - 1) for kind in (EachText, EachHead, LayerKeys, Turned)]
+        each = [kind(self.at - 1) for kind in (EachText, EachHead, LayerKeys, TextPeak, Turned)]
         return (Stage(Site.DECODER, (*each, Likeness(0)), self.at),)
 
     def score(self, signals: Signals) -> Tensor:
@@ -71,6 +72,7 @@ def expected(family: str, layer: int) -> dict[Quantity, list[Tensor]]:
         likeness[after] = (products.exp() / products.exp().sum(1, keepdim=True)).mean(0)
         found.setdefault(EachHead(layer), []).append(per_head)
         found.setdefault(EachText(layer), []).append(per_head.mean(2))
+        found.setdefault(TextPeak(layer), []).append(per_head.amax((1, 2)))
         found.setdefault(Likeness(0), []).append(likeness)
     return found
 
@@ -111,7 +113,7 @@ def check(family: str, attention: str = "sdpa") -> None:
             for need, value in signals.values.items():
                 full = wanted[need][b]
                 assert close(_whole(value[row], full), full[visual[b]]), need
-                if not isinstance(need, EachText):
+                if not isinstance(need, (EachText, TextPeak)):
                     assert close(after[need], full[last + 1 :]), need
 
 

@@ -34,6 +34,7 @@ VARIANTS: dict[str, Variant] = {name: (name, {}) for name in keeping_names()}
 # Options that take another way through the code.
 VARIANTS |= {
     "cdpruner by CLIP": ("cdpruner", {"text_encoder": text_encoder}),
+    "damro compat": ("damro", {"compat": True}),
     "dart compat": ("dart", {"compat": True}),
     "dycoke compat": ("dycoke", {"compat": True}),
     "evit without fusing": ("evit", {"fuse": False}),
@@ -43,11 +44,15 @@ VARIANTS |= {
     "flowcut outside": ("flowcut", {"inside": False}),
     "holitom compat": ("holitom", {"compat": True}),
     "holitom contextual": ("holitom", {"contextual": 0.5, "tau": 0.0}),
+    "holitom inner": ("holitom", {"inner": 0.5}),
     "holov compat": ("holov", {"compat": True}),
     "hiprune plus": ("hiprune", {"plus": True}),
     "pitome by states": ("pitome", {"metric": "states", "prop_attn": True}),
     "prumerge adaptive": ("prumerge", {"adaptive": True}),
+    "prunevid compat": ("prunevid", {"compat": True, "tau": 0.0}),
     "prumerge_plus adaptive": ("prumerge_plus", {"adaptive": True}),
+    "quota by CLIP": ("quota", {"text_encoder": text_encoder}),
+    "quota interpolate": ("quota", {"reducer": "interpolate"}),
     "sparsevlm without recycling": ("sparsevlm", {"recycle": False}),
     "todre exit": ("todre", {"exit": True, "tau": 1.0}),
     "todre max_min": ("todre", {"objective": "max_min"}),

@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vtprune.types import Signals
+from vtprune.types import Budget, Signals
 
 
 def clip(tokens: Tensor, frames: int, share: float) -> Signals:
     """Signals of one video of ``tokens`` ``[T, N, D]`` or ``[T * N, D]``."""
     flat = tokens.reshape(-1, tokens.shape[-1])
-    return Signals(flat[None], (frames, 1, len(flat) // frames), share=share)
+    return Signals(flat[None], (frames, 1, len(flat) // frames), budget=Budget(fraction=share))
 
 
 def per_frame(kept: Tensor, frames: int, n: int) -> Tensor:

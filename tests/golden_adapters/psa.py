@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from tests.golden_harness import Output, Tensors
-from vtprune.scoring.pyramid import attend, coarsest, density, importance, levels_of
+from vtprune.kernels.psa_attention import psa_attention
+from vtprune.scoring.pyramid import coarsest, density, importance, levels_of
 
 
 def from_golden(params: dict[str, Any], tensors: Tensors) -> dict[str, Output]:
@@ -20,6 +21,6 @@ def from_golden(params: dict[str, Any], tensors: Tensors) -> dict[str, Output]:
         "out.levels_raw": raw,
         "out.cap": cap,
         "out.levels": levels,
-        "out.attn": attend(q, k, tensors["in.v"], levels, block),
+        "out.attn": psa_attention(q, k, tensors["in.v"], levels, block),
         "out.density": density(levels)[None],
     }

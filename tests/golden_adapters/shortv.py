@@ -36,7 +36,7 @@ def from_golden(params: dict[str, Any], tensors: Tensors) -> dict[str, Output]:
 
 def rules(layers: int, *replaced: int) -> dict[int, RowRule]:
     stages = build("shortv", layers=replaced).plan(decoder(layers))
-    return {stage.layer or 0: stage.rule for stage in stages if stage.rule is not None}
+    return {stage.layer or 0: stage.rule for stage in stages if isinstance(stage.rule, RowRule)}
 
 
 def _two_layers(params: Mapping[str, Any], tensors: Tensors, visual: Tensor) -> dict[str, Output]:

@@ -7,7 +7,9 @@ from typing import Any
 import torch
 
 from tests.golden_harness import Output, Tensors
-from vtprune.scoring.sinks import image_centric, rescale_attention, sink_score
+from vtprune.interventions import Entering, Keys
+from vtprune.scoring.sinks import image_centric, sink_score
+from vtprune.strategies.var import VAR
 
 
 def from_golden(params: dict[str, Any], tensors: Tensors) -> dict[str, Output]:
@@ -19,22 +21,25 @@ def from_golden(params: dict[str, Any], tensors: Tensors) -> dict[str, Output]:
     row = keys - queries + torch.arange(queries)
     logits = q @ k.mT / params["head_dim"] ** 0.5
     attention = logits.masked_fill(place > row[:, None], -torch.inf).softmax(-1)
-    score = sink_score(tensors["in.hidden"], params["dims"])
-    sinks = score > params["tau"]
-    share = 1 - params["rho"]
-    centric = image_centric(attention, visual, sinks, least=params["summ"], share=share)
-    changed = centric & (row >= end)
-    moved = rescale_attention(
-        attention,
-        sinks[:, None, None],
-        1 - params["moved_fraction"],
-        (visual & ~sinks)[:, None, None],
+    hidden, share = tensors["in.hidden"], 1 - params["rho"]
+    strategy = VAR(
+        dims=tuple(params["dims"]),
+        tau=params["tau"],
+        rho=share,
+        least=params["summ"],
+        moved_fraction=params["moved_fraction"],
     )
+    there, first = torch.ones_like(visual), place[None] == 0
+    (sinks,) = strategy.mark(Entering(hidden, there, visual, first, visual.long() - 1, {}))
+    known = Keys(visual[:, None, None], first[:, None, None], (sinks[:, None, None],))
+    centric = image_centric(attention, visual, sinks, least=params["summ"], share=share)
+    after = row >= end
+    edited = strategy.edit(attention, known)
     return {
-        "out.sink_score": score,
+        "out.sink_score": sink_score(hidden, params["dims"]),
         "out.sinks": sinks[0].nonzero()[:, 0],
         "out.qualified": centric,
-        "out.changed": changed,
+        "out.changed": centric & after,
         "out.attn": attention,
-        "out.attn_new": torch.where(changed[..., None], moved, attention),
+        "out.attn_new": torch.where(after[:, None], edited, attention),
     }

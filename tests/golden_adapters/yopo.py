@@ -26,7 +26,7 @@ def from_golden(params: dict[str, Any], tensors: Tensors) -> dict[str, Output]:
         heads=tuple(tuple(mask.nonzero()[:, 0].tolist()) for mask in masks),
     )
     stages = strategy.plan(decoder(params["layers"]))
-    rules = {stage.layer or 0: stage.rule for stage in stages if stage.rule is not None}
+    rules = {stage.layer or 0: stage.rule for stage in stages if isinstance(stage.rule, RowRule)}
     visual = span(params["n_total"], tuple(params["image_span"]))
     where = _places(visual, *params["grid"])
     model = llama(params, tensors)

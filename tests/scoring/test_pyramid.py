@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vtprune.scoring.pyramid import attend, coarsest, density, importance, levels_of
+from vtprune.kernels.psa_attention import psa_attention
+from vtprune.scoring.pyramid import coarsest, density, importance, levels_of
 
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -39,7 +40,7 @@ def test_all_whole_is_dense_attention(length):
     q, k, v = (draw(2, 3, length, 8, seed=seed) for seed in range(3))
     n = -(-length // 16)
     whole = torch.ones(2, 3, n, n, dtype=torch.int64).tril()
-    found = attend(q, k, v, whole, 16)
+    found = psa_attention(q, k, v, whole, 16)
     dense = F.scaled_dot_product_attention(q, k, v, is_causal=True)
     assert torch.allclose(found, dense, atol=1e-5)
     assert density(whole) == 1
@@ -51,7 +52,7 @@ def test_equal_keys_may_be_one(level):
     k = draw(1, 2, 48 // level, 8, seed=2).repeat_interleave(level, dim=2)
     levels = torch.ones(1, 2, 3, 3, dtype=torch.int64).tril()
     levels[..., 2, 0] = level
-    found = attend(q, k, v, levels, 16)
+    found = psa_attention(q, k, v, levels, 16)
     dense = F.scaled_dot_product_attention(q, k, v, is_causal=True)
     assert torch.allclose(found, dense, atol=1e-5)  # values of equal weights are averaged anyway
     assert (coarsest(k, 16) >= level).all()
@@ -64,7 +65,7 @@ def test_a_block_that_is_not_seen_does_not_matter():
     levels[..., 2, 1] = 0
     other = v.clone()
     other[:, :, 16:32] = 100.0
-    found, changed = attend(q, k, v, levels, 16), attend(q, k, other, levels, 16)
+    found, changed = psa_attention(q, k, v, levels, 16), psa_attention(q, k, other, levels, 16)
     assert torch.equal(found[:, :, 32:], changed[:, :, 32:])
     assert not torch.equal(found[:, :, 16:32], changed[:, :, 16:32])
     assert density(levels).item() == pytest.approx(5 / 6)
@@ -73,7 +74,7 @@ def test_a_block_that_is_not_seen_does_not_matter():
 def test_the_scale_is_that_of_the_caller():
     q, k, v = (draw(1, 1, 16, 8, seed=seed).bfloat16() for seed in range(3))
     one = torch.ones(1, 1, 1, 1, dtype=torch.int64)
-    found = attend(q, k, v, one, 16, scale=0.1)
+    found = psa_attention(q, k, v, one, 16, scale=0.1)
     dense = F.scaled_dot_product_attention(
         q.float(), k.float(), v.float(), is_causal=True, scale=0.1
     )

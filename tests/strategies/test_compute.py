@@ -89,7 +89,7 @@ def test_an_order_beside_the_model_is_its_own(tmp_path):
 
 def rule_of(name: str, layer: int = 0, depth: int = 32, **options) -> RowRule:
     rule = build(name, **options).plan(facts_of(depth))[layer].rule
-    assert rule is not None
+    assert isinstance(rule, RowRule)
     return rule
 
 

@@ -116,6 +116,9 @@ def test_the_published_cost_of_a_visual_token():
 def test_it_says_what_it_is():
     projectors = random_projectors()
     strategy = build("saisa", projectors=projectors)
-    assert repr(strategy) == "SAISA(layers=None, projectors=Projectors(4 layers, 32 - 48 - 32))"
+    assert (
+        repr(strategy)
+        == "SAISA(layers=None, exclude_sinks=False, projectors=Projectors(4 layers, 32 - 48 - 32))"
+    )
     assert strategy == build("saisa", projectors=projectors) != build("saisa")
     assert hash(strategy) == hash(build("saisa", projectors=projectors))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from vtprune.engine.cuts import Cut
 from vtprune.engine.decoding import Decoding
-from vtprune.engine.held import Held, pick
+from vtprune.engine.held import Bits, Held, pick
 from vtprune.engine.masks import explicit
 from vtprune.engine.timing import part
 from vtprune.errors import UnsupportedError
@@ -94,16 +94,40 @@ def settle(cache: Any, number: int, decoding: Decoding, rule: RowRule) -> None:
     Raises:
         UnsupportedError: a cache that cannot be shortened.
     """
+    chosen = decoding.chosen[number]
+    marks = chosen.spread(torch.ones_like(chosen.index, dtype=torch.bool), chosen.length)
+    own = decoding.cut(number) or Cut.whole(decoding.valid)
+    stays = own.of(marks.to(own.index.device))
+    hold(cache, number, decoding, stays, rule.bits if rule.others == "pack" else None)
+
+
+def hold(
+    cache: Any, number: int, decoding: Decoding, stays: Tensor, bits: Bits | None = None
+) -> None:
+    """Puts in the place of a layer's cache one that holds what of the prompt ``stays``.
+
+    Args:
+        stays: ``[B, n]`` or ``[B, H, n]`` bool over the columns that the layer saw; bits: as of
+            ``Held``.
+
+    Raises:
+        UnsupportedError: a cache that cannot be shortened.
+    """
     layer: Any = cache.layers[number]
     if type(layer).__name__ not in GROWING:
         raise UnsupportedError(
             f"The cache of layer {number} is a {type(layer).__name__}, from which no token can be "
             "taken. Leave cache_implementation out."
         )
-    chosen, columns = decoding.chosen[number], decoding.cut(number) or Cut.whole(decoding.valid)
-    marks = chosen.spread(torch.ones_like(chosen.index, dtype=torch.bool), chosen.length)
-    held = Held(layer, columns, rule.bits if rule.others == "pack" else None)
-    held.settle(columns.index, columns.of(marks.to(columns.index.device)), columns.length)
+    columns = decoding.cut(number) or Cut.whole(decoding.valid)
+    if layer.keys.shape[2] < columns.index.shape[1]:
+        raise UnsupportedError(
+            f"The cache of layer {number} has only the last {layer.keys.shape[2]} of "
+            f"{columns.index.shape[1]} tokens, as its window slides. Use a strategy that acts "
+            "before the language model, such as 'divprune'."
+        )
+    held = Held(layer, columns, bits)
+    held.settle(columns.index, stays, columns.length)
     cache.layers[number] = decoding.held[number] = held
 
 

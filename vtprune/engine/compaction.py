@@ -30,6 +30,7 @@ class Prompt:
         valid: ``[B, L]`` bool, real tokens.
         index: ``[B, L']`` source position of each token of the short prompt, -1 = padding.
         sample: row of each item.
+        selections: of each item.
         changed: whether any token left, moved or was merged. The length does not tell: the
             longest row may have no image.
     """
@@ -38,6 +39,7 @@ class Prompt:
     valid: Tensor
     index: Tensor
     sample: list[int]
+    selections: Sequence[Selection]
     changed: bool
 
     @property
@@ -112,7 +114,8 @@ def shorten(
     sample = rows_of(ids, items)
     every = torch.arange(length, device=ids.device).expand(batch, length)
     if all(s.is_identity for s in selections):
-        return Prompt(ids, valid, every.masked_fill(~valid, -1), sample, changed=False)
+        index = every.masked_fill(~valid, -1)
+        return Prompt(ids, valid, index, sample, selections, changed=False)
     source, stays = every.clone(), valid.clone()
     spots: dict[int, Tensor] = {}
     for item, row, selection in zip(items, sample, selections, strict=True):
@@ -126,7 +129,7 @@ def shorten(
         source[row, places[slots.sort().values]] = places[slots]
         stays[row, places[slots]] = True
     index = _pack(source, stays, right=_pads_right(valid))
-    return Prompt(ids, valid, index, sample, changed=True)
+    return Prompt(ids, valid, index, sample, selections, changed=True)
 
 
 def _pads_right(valid: Tensor) -> bool:

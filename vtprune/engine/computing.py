@@ -45,7 +45,7 @@ class Computing:
         current: Callable[[], Decoding | None],
     ) -> None:
         self.layers, self.rules, self.current = layers, dict(sorted(rules.items())), current
-        self.attention = {_part(layers[number], "self_attn"): number for number in rules}
+        self.attention = {part_of(layers[number], "self_attn"): number for number in rules}
 
     @property
     def choosing(self) -> tuple[int, ...]:
@@ -83,11 +83,11 @@ class Computing:
             if rule.attend in ("none", "self") and hasattr(attention, "q_proj"):
                 self._pass(undo, number, attention.q_proj)
             if rule.attend == "none":
-                self._pass(undo, number, _part(attention, "o_proj"))
+                self._pass(undo, number, part_of(attention, "o_proj"))
             if not rule.read:
-                self._pass(undo, number, _part(attention, "v_proj"))
+                self._pass(undo, number, part_of(attention, "v_proj"))
             if rule.mlp < 1:
-                self._pass(undo, number, _part(layer, "mlp"), rule.mlp)
+                self._pass(undo, number, part_of(layer, "mlp"), rule.mlp)
             if rule.heads is not None:
                 self._drop_heads(undo, number, rule.heads)
 
@@ -194,9 +194,9 @@ class Computing:
         def answers(module: nn.Module, args: Any) -> Tensor:
             return only(args[0])
 
-        undo.callback(_part(attention, "v_proj").register_forward_hook(values).remove)
+        undo.callback(part_of(attention, "v_proj").register_forward_hook(values).remove)
         if self.rules[number].attend != "none":
-            undo.callback(_part(attention, "o_proj").register_forward_pre_hook(answers).remove)
+            undo.callback(part_of(attention, "o_proj").register_forward_pre_hook(answers).remove)
 
     def _split(self, number: int, device: torch.device) -> tuple[Decoding, Split] | None:
         """Returns which rows of a layer are visual while it computes for the prompt, else None."""
@@ -274,18 +274,27 @@ class Computing:
             decoding.windows[at, radius] = near(where, radius)
         return decoding.windows[at, radius]
 
-    def report(self, decoding: Decoding | None) -> RuleReport | None:
-        """Returns what the rules are, and what the last call's prompt computed by them."""
-        if not self.rules:
-            return None
+    def report(
+        self, decoding: Decoding | None, others: Mapping[int, Sequence[object]]
+    ) -> RuleReport | None:
+        """Returns what the rules are, and what the last call's prompt computed by them.
+
+        Args:
+            others: rules of another kind, by layer.
+        """
         said: dict[str, list[int]] = {}
-        for number, rule in self.rules.items():
-            said.setdefault(str(rule), []).append(number)
+        every = [(number, [rule]) for number, rule in self.rules.items()]
+        for number, rules in [*every, *others.items()]:
+            for rule in rules:
+                said.setdefault(str(rule), []).append(number)
+        if not said:
+            return None
         layers = {rule: tuple(numbers) for rule, numbers in said.items()}
         if decoding is None:
             return RuleReport(layers)
         realised = 1 - decoding.spared / whole(self.layers, decoding)
-        return RuleReport(layers, published(self.layers, self.rules, decoding), realised)
+        shares = {n: share.mean().item() for n, share in decoding.densities.items()}
+        return RuleReport(layers, published(self.layers, self.rules, decoding), realised, shares)
 
 
 def _cut_of(decoding: Decoding, number: int) -> int:
@@ -293,7 +302,7 @@ def _cut_of(decoding: Decoding, number: int) -> int:
     return max((layer for layer in decoding.cuts if layer <= number), default=-1)
 
 
-def _part(module: nn.Module, name: str) -> nn.Module:
+def part_of(module: nn.Module, name: str) -> nn.Module:
     """Returns the part of a layer of this name.
 
     Raises:

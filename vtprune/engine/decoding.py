@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,7 +14,7 @@ from vtprune.engine.compaction import Prompt, of_patches
 from vtprune.engine.cuts import Cut
 from vtprune.engine.held import Held
 from vtprune.engine.items import Item
-from vtprune.engine.places import places, spread
+from vtprune.engine.places import places, spans, spread
 from vtprune.engine.report import StageReport
 from vtprune.engine.split import Split
 from vtprune.types import Quantity, RowNeed
@@ -31,11 +33,17 @@ class Decoding:
             ``[B, ...]``. What the tower gave is no number where there is no patch.
         left: what the stages did, for the report.
         where: returns the place of each token as ``near`` takes it, ``[B, L, 4]``.
+        spans: returns what each token is made of, ``[B, L, 3]`` as ``Spans`` has it.
         splits: by layer of the cut, -1 before any, which rows are visual.
         windows: by that layer and a radius, which tokens are close to each other.
         acted: layers in which a rule changed attention.
         chosen: by layer, the tokens that attention was computed for.
         held: by layer its cache, where that is not simply what the layer saw.
+        whose: returns of which item each token is, ``[b, L]`` of b prompts, -1 = of none.
+        marks: by layer, and for each intervention there, ``[B, L]`` marks of the prompt's tokens.
+        densities: by layer what share of attention was computed, ``[B]``.
+        leaving: by layer what is to leave its cache, until its attention is done.
+        caches: what caches hold of visual tokens, per layer and prompt, for the report.
         spared: multiply-accumulates of the prompt that row rules left out.
     """
 
@@ -49,12 +57,18 @@ class Decoding:
     left: list[StageReport] = field(default_factory=list)
     prefilled: bool = False
     where: Callable[[], Tensor] | None = None
+    spans: Callable[[], Tensor] | None = None
     splits: dict[int, Split] = field(default_factory=dict)
     windows: dict[tuple[int, int], Tensor] = field(default_factory=dict)
     acted: set[int] = field(default_factory=set)
     chosen: dict[int, Cut] = field(default_factory=dict)
     held: dict[int, Held] = field(default_factory=dict)
+    leaving: dict[int, Any] = field(default_factory=dict)
+    caches: list[StageReport] = field(default_factory=list)
     spared: float = 0.0
+    whose: Callable[[], Tensor] | None = None
+    marks: dict[int, list[tuple[Tensor, ...]]] = field(default_factory=dict)
+    densities: dict[int, Tensor] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -81,10 +95,14 @@ class Decoding:
         decoding = cls(valid, seen, patches, images)
         ids = prompt.ids.gather(1, index).masked_fill(~seen, -1)
         for need, values in features.items():
-            decoding.rows[need] = spread(values, ids, items, torch.nan)
-        decoding.where = lambda: places(prompt.ids, items)[
-            torch.arange(len(index), device=index.device)[:, None], index
-        ]
+            wide = [value.reshape(len(value), -1) for value in values]
+            decoding.rows[need] = spread(wide, ids, items, torch.nan)
+        rows = torch.arange(len(index), device=index.device)[:, None]
+        decoding.where = cache(lambda: places(prompt.ids, items)[rows, index])
+        made = prompt.sample, prompt.selections
+        decoding.spans = lambda: spans(prompt.ids, items, *made)[rows, index]
+        owners = [torch.full((len(item), 1), i) for i, item in enumerate(items)]
+        decoding.whose = cache(lambda: spread(owners, prompt.ids, items, -1)[rows, index, 0])
         return decoding
 
     def expand(self, batch: int) -> None:
@@ -99,7 +117,7 @@ class Decoding:
 
     def finish(self) -> None:
         """Says that the prompt was read, and forgets what only that took."""
-        self.prefilled, self.where = True, None
+        self.prefilled, self.where, self.spans, self.whose = True, None, None, None
         self.splits, self.windows = {}, {}
 
     def on(self, device: torch.device) -> Decoding:

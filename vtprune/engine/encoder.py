@@ -20,7 +20,7 @@ from vtprune.engine.tap import Tap, reading
 from vtprune.engine.text_tower import TextTower
 from vtprune.engine.timing import part, timed
 from vtprune.engine.tower import Climb
-from vtprune.types import Joint, Newlines, Patches, Quantity, Selection, Site, TowerNeed
+from vtprune.types import Joint, Newlines, Patches, Quantity, Selection, Site, Tile, TowerNeed
 from vtprune.vlm_adapters._base import Batch, Modality, VLMAdapter
 
 Text = Callable[[Sequence[Item]], list[Tensor]]
@@ -122,7 +122,7 @@ class _Run:
         needs = [*tower_needs(steps), *features]
         wanted: dict[nn.Module, list[TowerNeed]] = {}
         for need in needs:
-            if not isinstance(need, (Joint, Patches)):
+            if not isinstance(need, (Joint, Patches, Tile)):
                 wanted.setdefault(adapter.attention(modality, need.layer), []).append(need)
         self.tap = Tap(wanted, adapter.n_prefix, adapter.segments(modality, batch))
         inside = [step for step in steps if step.stage.site is Site.ENCODER]
@@ -165,6 +165,8 @@ class _Run:
     @timed("score")
     def values(self, need: TowerNeed) -> list[Tensor]:
         """Returns a quantity at the free tokens of each item, ``[m_i, ...]``."""
+        if isinstance(need, Tile):
+            return [item.tile for item in self.items]
         return [
             value[item.free] for value, item in zip(self.carried(need), self.items, strict=True)
         ]

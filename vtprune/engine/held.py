@@ -26,8 +26,11 @@ class Held(DynamicLayer):
     Keys are packed by channel and values by token, so a group is of neighbouring tokens or of
     neighbouring channels. Attention finds them unpacked, layer by layer and only while it runs.
 
+    Heads may hold different tokens, each equally many of a row: first come those that all hold.
+
     Attributes:
-        cut: columns that are settled, of the prompt and of what was decoded, in the order held.
+        cut: columns that are settled, of the prompt and of what was decoded, in the order held;
+            where heads differ those of the first, as a mask tells padding from tokens alone.
         parts: of settled tokens, if packed, keys ``[B, H, d, n]`` and values ``[B, H, n, d]``.
         keys, values: ``[B, H, n, d]`` of the other settled tokens, then of the tail.
 
@@ -66,7 +69,7 @@ class Held(DynamicLayer):
 
         Args:
             columns: ``[B, n]`` int64 of its tokens; -1 = none, which is not held.
-            chosen: ``[B, n]`` bool.
+            chosen: ``[B, n]`` bool; or ``[B, H, n]``, of each head equally many.
             length: columns that went by.
         """
         first = self.keys.shape[2] - columns.shape[1]
@@ -75,7 +78,7 @@ class Held(DynamicLayer):
         index = [self.cut.index]
         for bits, some in self._sets(columns >= 0, chosen):
             places, there = _few(some)
-            index.append(columns.gather(1, places).masked_fill(~there, -1))
+            index.append(columns.gather(1, places[:, 0]).masked_fill(~there[:, 0], -1))
             keys, values = (pick(x, places) for x in tail)
             if bits is None:
                 stays[0].append(keys)
@@ -87,7 +90,8 @@ class Held(DynamicLayer):
         self.cut = replace(self.cut, index=known, length=length, padded=bool((known < 0).any()))
 
     def _sets(self, valid: Tensor, chosen: Tensor) -> Iterator[tuple[int | None, Tensor]]:
-        """Yields in how many bits which tokens ``[B, n]`` are held, None = as they are."""
+        """Yields in how many bits which tokens are held, ``[B, 1 or H, n]``, None = as they are."""
+        chosen, valid = chosen[:, None] if chosen.ndim == 2 else chosen, valid[:, None]
         if self.bits is None:
             sets: list[tuple[int | None, Tensor]] = [(None, valid & chosen)]
         else:
@@ -147,18 +151,20 @@ class Held(DynamicLayer):
 
 
 def _few(some: Tensor) -> tuple[Tensor, Tensor]:
-    """Returns where ``some`` ``[B, n]`` bool is, ``[B, m]`` ascending, and which are there.
+    """Returns where ``some`` ``[B, H, n]`` bool is, ``[B, H, m]``, and which are there.
 
-    The others come last and repeat the first one: so groups of tokens have the same ranges in any
-    batch.
+    Ascending, but what is there in all heads comes first. The others come last and repeat the first
+    one: so groups of tokens have the same ranges in any batch.
     """
-    counts = some.sum(1, keepdim=True)
-    order = (~some).long().argsort(dim=1, stable=True)[:, : int(counts.max())]
-    there = torch.arange(order.shape[1], device=some.device) < counts
-    return torch.where(there, order, order[:, :1]), there
+    counts = some.sum(-1, keepdim=True)
+    turn = torch.where(some, ~some.all(1, keepdim=True), 2)
+    order = turn.argsort(dim=-1, stable=True)[..., : int(counts.max())]
+    there = torch.arange(order.shape[-1], device=some.device) < counts
+    return torch.where(there, order, order[..., :1]), there
 
 
 def pick(x: Tensor, places: Tensor) -> Tensor:
-    """Returns the tokens ``places`` ``[B, m]`` of ``x`` ``[B, H, n, d]``."""
-    rows = places.to(x.device)[:, None, :, None]
-    return x.gather(2, rows.expand(-1, x.shape[1], -1, x.shape[3]))
+    """Returns tokens of ``x`` ``[B, H, n, d]`` at ``places`` ``[B, m]`` or ``[B, 1 or H, m]``."""
+    rows = places.to(x.device)
+    rows = rows[:, None] if rows.ndim == 2 else rows
+    return x.gather(2, rows[..., None].expand(-1, x.shape[1], -1, x.shape[3]))

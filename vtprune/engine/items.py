@@ -43,6 +43,13 @@ class Item:
     def __len__(self) -> int:
         return len(self.tokens)
 
+    @property
+    def tile(self) -> Tensor:
+        """Of which tile of an image each free token is, from 0, the base view; ``[m]`` float32."""
+        if self.tiles is None or self.modality.name != "image":
+            return torch.zeros(len(self.free), device=self.free.device)
+        return (self.tiles[:, 0] - self.tiles[:, 0].min()).float().to(self.free.device)
+
     def describe(self, chosen: Selection) -> tuple[str, int, Grid | None]:
         """Returns what it is, how many tokens that no strategy sees are ``chosen``, its grid."""
         return self.modality.item, int(torch.isin(chosen.slots[0], self.fixed).sum()), self.grid

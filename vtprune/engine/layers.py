@@ -26,7 +26,7 @@ from vtprune.engine.tap import reading
 from vtprune.engine.timing import timed
 from vtprune.engine.transition import watch
 from vtprune.errors import UnsupportedError
-from vtprune.types import DecoderNeed, Inside, RowNeed, Selection, Transition
+from vtprune.types import DecoderNeed, Inside, RowNeed, Selection, Spans, Transition
 
 
 class Layers:
@@ -81,6 +81,10 @@ class Layers:
                     f"{decoding.valid.shape[1]} tokens. Stages inside it need the prompt in one "
                     "piece."
                 )
+            spans, made = decoding.spans, [n for n in self.needs if isinstance(n, Spans)]
+            if made and spans is not None:
+                rows = spans().to(embeds.device).repeat_interleave(decoding.copies, dim=0)
+                decoding.rows |= {need: rows.clone() for need in made}
 
     def _end(self, module: nn.Module, args: Any, output: Any) -> None:
         decoding = self.current()
@@ -165,7 +169,7 @@ class Layers:
         """Reads what ``steps`` need of the layer that comes now."""
         for need in self.needs:
             asked = any(need in step.stage.needs for step in steps)
-            if asked and need.layer == number and not isinstance(need, Transition):
+            if asked and need.layer == number and not isinstance(need, (Spans, Transition)):
                 decoding.rows[need] = self._read(decoding, need, hidden, kwargs)
 
     @timed("score")

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from vtprune.engine.items import Item
 from vtprune.errors import UnsupportedError
+from vtprune.selection import Selection
 
 
 def places(ids: Tensor, items: Sequence[Item]) -> Tensor:
@@ -35,6 +36,42 @@ def spread(values: Sequence[Tensor], ids: Tensor, items: Sequence[Item], other: 
         own = [v for v, i in zip(values, items, strict=True) if i.modality.placeholder == token]
         found[ids == token] = torch.cat(own).to(ids.device)
     return found
+
+
+def spans(
+    ids: Tensor, items: Sequence[Item], sample: Sequence[int], selections: Sequence[Selection]
+) -> Tensor:
+    """Returns what visual tokens are made of, ``[B, L, 3]`` as ``Spans`` has it, NaN elsewhere.
+
+    Args:
+        ids: as of ``places``; sample: row of each item.
+        selections: of each item; a token stands where its slot is.
+    """
+    values = []
+    for i, (item, made) in enumerate(zip(items, selections, strict=True)):
+        values.append(_span(sample[:i].count(sample[i]), item, made))
+    return spread(values, ids, items, torch.nan)
+
+
+def _span(number: int, item: Item, made: Selection) -> Tensor:
+    """Returns number, first and last frame of the tokens of an item, ``[n, 3]``."""
+    out = torch.full((len(item), 3), torch.nan, device=item.free.device)
+    out[item.free, 0] = number
+    frames = 1 if item.grid is None else item.grid[0]
+    each = torch.arange(len(item.free), device=item.free.device) // (len(item.free) // frames)
+    out[item.free, 1:] = -1.0 if frames == 1 else each[:, None].float()
+    if made.mix is None or frames == 1:
+        return out
+    own = made.mix.source[0] < made.n
+    source, target = made.mix.source[0, own], made.mix.target[0, own]
+    merged = out[made.slots[0]]
+    for column, most in ((1, "amin"), (2, "amax")):
+        read = out[source, column]
+        merged[:, column] = merged[:, column].scatter_reduce(
+            0, target, read, most, include_self=False
+        )
+    out[made.slots[0]] = merged
+    return out
 
 
 def _of(number: int, item: Item) -> Tensor:

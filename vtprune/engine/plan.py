@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from vtprune.engine.excluding import stages_of
 from vtprune.engine.signals import Step, select_group
 from vtprune.engine.stage_checks import check_stage
 from vtprune.engine.text_tower import TextTower
@@ -23,6 +24,7 @@ from vtprune.setting import is_setting, read_setting
 from vtprune.types import (
     Budget,
     Facts,
+    FirstState,
     Frames,
     Joint,
     Keep,
@@ -32,6 +34,7 @@ from vtprune.types import (
     Selection,
     Signals,
     Strategy,
+    Tile,
 )
 from vtprune.vlm_adapters._base import VLMAdapter
 from vtprune.vlm_adapters._generic import REFUSED, Generic
@@ -94,7 +97,7 @@ def wrap(
         handle: Any = wrap_vit(model, vit, strategy, keep, reduce, layers, options, own)
         return handle
     adapter = find_adapter(model)
-    model, facts = adapter.model, _with_videos(adapter)
+    model, facts = adapter.model, _facts(adapter)
     if reduce is not None:
         raise ConfigError(
             f"reduce={reduce} is for merging inside a ViT; for {facts.family} say keep= instead."
@@ -144,13 +147,15 @@ def select(
         InputError: a quantity that the strategy reads is missing.
     """
     chosen = _with_layers(build(strategy, **options), layers)
-    if chosen.kind == "compute":
+    if chosen.kind in ("compute", "cache"):
         raise ConfigError(f"{chosen.name} chooses no tokens; give it to wrap().")
+    if chosen.exclude_sinks and not any(isinstance(n, FirstState) for n in signals.values):
+        raise InputError("exclude_sinks=True: the signals hold no FirstState, by which to tell.")
     budget = Budget.of(keep)
     budget.check(signals.n)
     if not chosen.acts_inside:  # there ``layers`` says where to act, not what to read
         signals = _of_layers(signals, chosen.layers)
-    signals = replace(signals, share=budget.share(signals.n))
+    signals = replace(signals, budget=budget)
     counts = set(chosen.counts(signals, budget))
     if len(counts) > 1:
         raise ConfigError(
@@ -233,19 +238,25 @@ def steps_of(
             budget.check(facts.n_tokens)
         strategy.check_budget(budget, facts)
         n_earlier = len(steps)
-        for stage in strategy.plan(facts):
+        for stage in stages_of(strategy, facts):
             check_stage(strategy, stage, steps, n_earlier, scope, facts)
-            ids: Positions = "keep" if facts.mrope else policy or strategy.positions
+            own = stage.positions or strategy.positions
+            ids: Positions = "keep" if facts.mrope else policy or own
             left = budget.times(stage.times)
             steps.append(Step(strategy, stage, left, ids, scope or strategy.scope))
     return steps
 
 
-def _with_videos(adapter: VLMAdapter) -> Facts:
-    """Returns the adapter's facts, with frames among the signals where a model takes videos."""
-    facts = adapter.facts
+def _facts(adapter: VLMAdapter) -> Facts:
+    """Returns the adapter's facts, with tiles and frames among the signals where a model has them.
+
+    Only tiles that are stitched together have newlines.
+    """
+    width = getattr(adapter.language_model.config, "hidden_size", None)
+    facts = replace(adapter.facts, decoder_width=width)
     videos = any(modality.name == "video" for modality in adapter.modalities)
-    return replace(facts, signals=facts.signals | {Frames}) if videos else facts
+    found = {kind for kind, here in {Frames: videos, Tile: adapter.newlines}.items() if here}
+    return replace(facts, signals=facts.signals | found)
 
 
 def _with_text(chosen: Sequence[Strategy], facts: Facts, tower: TextTower | None) -> Facts:

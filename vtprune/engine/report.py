@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -51,16 +51,22 @@ class RuleReport:
         layers: by rule in words its 0-based layers.
         published: share of what visual tokens cost in whole layers, by the published formula.
         realised: share of the multiply-accumulates of all that enters the language model's layers,
-            words and padding too, that were really made there.
+            words and padding too, that were really made there; what ``densities`` say is not in it.
+        densities: by layer the share of the prompts' attention, in the order of tokens, that was
+            computed, on average; none where attention is the model's own.
     """
 
     layers: Mapping[str, tuple[int, ...]]
     published: float = 1.0
     realised: float = 1.0
+    densities: Mapping[int, float] = field(default_factory=dict)
 
     def lines(self) -> list[str]:
         """Returns the report in lines."""
         said = [f"  layers {list(numbers)}: {rule}" for rule, numbers in self.layers.items()]
+        if self.densities:
+            mean = 100 * sum(self.densities.values()) / len(self.densities)
+            said.append(f"  of attention in {len(self.densities)} layers {mean:.1f} % is computed")
         return [
             *said,
             f"  visual tokens cost {100 * self.published:.1f} % by the formula; of what enters the "
@@ -111,6 +117,11 @@ class CacheReport:
     unpruned: int
     allocated: int
 
+    @property
+    def share(self) -> float:
+        """What is held of what would be without a strategy, 0 to 1."""
+        return self.held / self.unpruned
+
 
 @dataclass(frozen=True)
 class Report:
@@ -123,7 +134,8 @@ class Report:
 
     ``text`` has per row of the batch the tokens that are no visual ones, ``tiles`` the rows of the
     tower where they are known, ``cache`` what the cache held after the prefill if there was one of
-    a known kind, and ``config`` describes the language model.
+    a known kind, and ``config`` describes the language model. ``held`` has, of layers whose cache
+    visual tokens left by themselves, how many were there and how many each head kept, per row.
     """
 
     strategy: str
@@ -137,6 +149,7 @@ class Report:
     tiles: tuple[TileReport, ...] = ()
     cache: CacheReport | None = None
     parts: Mapping[str, float] = field(default_factory=dict)
+    held: tuple[StageReport, ...] = ()
     config: Any = field(default=None, repr=False, compare=False)
 
     def of_sample(self, sample: int) -> tuple[int, float]:
@@ -151,6 +164,14 @@ class Report:
         for stage in self.stages:
             if stage.sample == sample:
                 counts[stage.layer :] = [stage.kept] * (self.decoder_layers - stage.layer)
+        return tuple(counts)
+
+    def caching(self, sample: int) -> tuple[int, ...]:
+        """Returns how many visual tokens of a row each layer's cache held after the prefill."""
+        counts = list(self.entering(sample))
+        for held in self.held:
+            if held.sample == sample:
+                counts[held.layer] = held.kept
         return tuple(counts)
 
     def prefill(self, sample: int | None = None, *, text: bool = True) -> Cost:
@@ -168,7 +189,7 @@ class Report:
         """
         shape = Shape.of(self.config)
         total = Cost(0, 0)
-        for entering, whole in self._schedules(sample, text):
+        for entering, whole in self._schedules(sample, text, self.entering):
             total += Cost(shape.prefill(entering), shape.prefill(whole))
         realised = 1 if self.rules is None else self.rules.realised
         return Cost(total.macs * realised, total.unpruned)
@@ -177,7 +198,7 @@ class Report:
         """Returns the operations of ``new`` tokens decoded per row; otherwise as ``prefill``."""
         shape = Shape.of(self.config)
         total = Cost(0, 0)
-        for entered, whole in self._schedules(sample, True):
+        for entered, whole in self._schedules(sample, True, self.caching):
             total += Cost(shape.decode(entered, new), shape.decode(whole, new))
         return total
 
@@ -192,15 +213,17 @@ class Report:
         """
         return sum((tile.cost(theoretical) for tile in self.tiles), Cost(0, 0))
 
-    def _schedules(self, sample: int | None, text: bool) -> list[tuple[list[int], list[int]]]:
-        """Per row the tokens that enter each layer, and those that would without a strategy."""
+    def _schedules(
+        self, sample: int | None, text: bool, visual: Callable[[int], tuple[int, ...]]
+    ) -> list[tuple[list[int], list[int]]]:
+        """Per row the tokens of each layer, and those that would be there without a strategy."""
         rows = range(len(self.text)) if sample is None else (sample,)
         schedules = []
         for row in rows:
             words = self.text[row] if text else 0
             tokens = words + self.of_sample(row)[0]
-            entering = [words + n for n in self.entering(row)]
-            schedules.append((entering, [tokens] * self.decoder_layers))
+            there = [words + n for n in visual(row)]
+            schedules.append((there, [tokens] * self.decoder_layers))
         return schedules
 
     def _costs(self) -> list[str]:
@@ -227,6 +250,16 @@ class Report:
             lines.append(f"  cache after the prefill: {held:.4g} of {unpruned:.4g} MiB")
         return lines
 
+    def _held(self) -> list[str]:
+        """What heads hold, in lines: layers of a row that do alike in one."""
+        alike: dict[tuple[int, int, int], list[int]] = {}
+        for held in self.held:
+            alike.setdefault((held.sample, held.kept, held.tokens), []).append(held.layer)
+        return [
+            f"  caches of layers {layers} (row {row}): {kept} of {tokens} visual tokens per head"
+            for (row, kept, tokens), layers in alike.items()
+        ]
+
     def __str__(self) -> str:
         reads = f", tower blocks {list(self.layers)}" if self.layers else ""
         lines = [f"{self.strategy}{reads}"]
@@ -245,6 +278,7 @@ class Report:
             for stage in self.stages
         ]
         lines += self.rules.lines() if self.rules is not None else []
+        lines += self._held()
         lines += self._costs()
         times = {**self.ms, **self.parts}
         lines += [f"  {phase}: {ms:.1f} ms" for phase, ms in sorted(times.items())]

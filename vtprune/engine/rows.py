@@ -24,6 +24,7 @@ from vtprune.types import (
     LastFlow,
     LastRow,
     LayerKeys,
+    TextPeak,
     TextRows,
     VisualRows,
 )
@@ -157,6 +158,19 @@ class EachHeads(EachTexts):
         return _heads(q, k, seen, scale)
 
 
+class Peaks(Texts):
+    """Reads the most that any of those tokens attends with any head."""
+
+    def _reduce(self, q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> Tensor:
+        value = torch.zeros(self.valid.shape, device=q.device)
+        for b, row in enumerate(self.valid):
+            spots = row.nonzero()[:, 0]
+            for some in self.asking(b).split(AT_ONCE):
+                read = _heads(q[b, :, some], k[b, :, spots], self._seen(b, some, spots), scale)
+                value[b, spots] = value[b, spots].maximum(read.amax((1, 2)))
+        return value
+
+
 def _heads(q: Tensor, k: Tensor, seen: Tensor, scale: float | None) -> Tensor:
     """Returns attention ``[N, M, H]`` of queries ``[H, M, d]`` to keys ``[Hkv, N, d]``."""
     factor = q.shape[-1] ** -0.5 if scale is None else scale
@@ -197,6 +211,7 @@ class MeanKeys(Rows):
 READERS: dict[type[DecoderNeed], type[Rows]] = {
     LastRow: Rows,
     TextRows: Texts,
+    TextPeak: Peaks,
     VisualRows: Visuals,
     EachText: EachTexts,
     EachHead: EachHeads,

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from vtprune.engine.excluding import among_others, excludes
 from vtprune.engine.timing import timed
 from vtprune.errors import InputError, UnsupportedError
 from vtprune.types import (
@@ -93,11 +94,11 @@ def decide(step: Step, images: Images) -> list[Selection]:
     groups: dict[tuple[object, ...], list[int]] = defaultdict(list)
     budgets = images.budgets or [step.budget] * len(images.tokens)
     for i, tokens in enumerate(images.tokens):
-        groups[len(tokens), images.grids[i], budgets[i]].append(i)
+        alone = i if step.strategy.exclude_sinks else None  # each row has sinks of its own
+        groups[len(tokens), images.grids[i], budgets[i], alone].append(i)
     every = [_signals(step, images, members) for members in groups.values()]
     for members, group in zip(groups.values(), every, strict=True):
-        share = budgets[members[0]].share(len(images.tokens[members[0]]))
-        signals = replace(group, groups=every, share=share)
+        signals = replace(group, groups=every, budget=budgets[members[0]])
         counts = step.strategy.counts(signals, budgets[members[0]])
         for k in sorted(set(counts)):
             rows = [row for row, count in enumerate(counts) if count == k]
@@ -134,6 +135,20 @@ def select_group(strategy: Strategy, signals: Signals, k: int) -> Selection:
         return Selection.all(batch, n, signals.tokens.device)
     if k < 1:
         return _none(strategy, signals)
+    if excludes(strategy, signals):
+        others, chosen = among_others(signals, k, lambda some: _checked(strategy, some, k))
+        kept = Selection(others[None], n)
+        return kept if chosen is None else compose(kept, chosen)
+    return _checked(strategy, signals, k)
+
+
+def _checked(strategy: Strategy, signals: Signals, k: int) -> Selection:
+    """Returns what the strategy selects.
+
+    Raises:
+        InputError: it is not what was asked for.
+    """
+    batch, n = signals.tokens.shape[:2]
     selection = strategy.select(signals, k)
     if tuple(selection.rows.shape) != (batch, k) or selection.n != n:
         raise InputError(

@@ -7,6 +7,7 @@ from typing import get_args
 
 from vtprune.engine.signals import Step
 from vtprune.errors import ConfigError, UnsupportedError
+from vtprune.interventions import Intervention, together
 from vtprune.types import DecoderNeed, Facts, Frames, Scope, Site, Stage, Strategy, check_needs
 
 
@@ -32,7 +33,7 @@ def check_stage(
     check_needs(stage.needs, facts, strategy.name)
     _check_order(strategy, stage, before)
     _check_scope(strategy, stage, scope, facts)
-    if Frames() in stage.needs and any(step.stage.rule is None for step in earlier):
+    if Frames() in stage.needs and any(step.stage.lets_leave for step in earlier):
         raise UnsupportedError(
             f"{strategy.name} compares whole frames, so it must come first in the list."
         )
@@ -68,13 +69,24 @@ def check_stage(
 
 def _check_order(strategy: Strategy, stage: Stage, before: Sequence[Step]) -> None:
     """Raises ConfigError for a stage that comes after one that acts later in the model."""
+    if stage.evict is not None or getattr(stage.rule, "others", "keep") != "keep":
+        for other in (step.stage for step in before if step.stage.layer == stage.layer):
+            if other.evict is not None or getattr(other.rule, "others", "keep") != "keep":
+                raise ConfigError(
+                    f"Two strategies say what the cache of layer {stage.layer} holds. Give them "
+                    "distinct layers=."
+                )
+    _check_edited(stage, before)
+    if stage.evict is not None:
+        return
     if stage.rule is not None:
-        if any(step.stage.rule and step.stage.layer == stage.layer for step in before):
+        rules = [step.stage.rule for step in before if step.stage.layer == stage.layer]
+        if not all(rule is None or together(rule, stage.rule) for rule in rules):
             raise ConfigError(
                 f"Two strategies say what layer {stage.layer} computes. Give them distinct layers=."
             )
         return
-    inside = [s.stage for s in before if s.stage.site is Site.DECODER and s.stage.rule is None]
+    inside = [s.stage for s in before if s.stage.site is Site.DECODER and s.stage.lets_leave]
     last = max((other.layer or 0 for other in inside), default=None)
     if last is None or (stage.layer is not None and stage.layer > last):
         return
@@ -83,6 +95,16 @@ def _check_order(strategy: Strategy, stage: Stage, before: Sequence[Step]) -> No
         f"{strategy.name} acts {where} the language model, but comes after a stage before its "
         f"layer {last}. List the strategies in the order in which they act, each at its own layer."
     )
+
+
+def _check_edited(stage: Stage, before: Sequence[Step]) -> None:
+    """Raises ConfigError where attention to a cache is edited whose heads hold different tokens."""
+    same = [stage, *(step.stage for step in before if step.stage.layer == stage.layer)]
+    if any(s.evict for s in same) and any(isinstance(s.rule, Intervention) for s in same):
+        raise ConfigError(
+            f"One strategy edits attention in layer {stage.layer}, another lets each head's cache "
+            "hold tokens of its own there. Give them distinct layers=."
+        )
 
 
 def _check_scope(strategy: Strategy, stage: Stage, given: Scope | None, facts: Facts) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vtprune.kernels._common import full_precision
-from vtprune.types import DecoderNeed, Likeness, Normed, TextState, Turned
+from vtprune.types import DecoderNeed, FirstState, Likeness, Normed, TextState, Turned
 
 # Of the model, hidden states [B, n, D], what else the layer is called with, and which of the n
 # columns are tokens, and visual ones, [B, n] bool.
@@ -56,7 +56,15 @@ def _text_state(
     return value
 
 
+def _first_state(
+    model: Any, hidden: Tensor, kwargs: dict[str, Any], valid: Tensor, visual: Tensor
+) -> Tensor:
+    rows = torch.arange(len(hidden), device=hidden.device)
+    return hidden[rows, valid.long().argmax(1)].float()
+
+
 STATES: dict[type[DecoderNeed], Reading] = {
+    FirstState: _first_state,
     Normed: _normed,
     Likeness: _likeness,
     TextState: _text_state,

@@ -32,10 +32,11 @@ def report_of(handle: Handle) -> Report:
         () if decoding is None else tuple(decoding.left),
         len(handle.adapter.decoder),
         {phase: ms[phase] for phase in PHASES if phase in ms},
-        handle._computing.report(decoding),
+        handle._intervening.report(decoding),
         text=tuple(text),
         tiles=measured.tiles,
         cache=measured.cache,
         parts={part: value for part, value in ms.items() if part not in PHASES},
+        held=() if decoding is None else tuple(decoding.caches),
         config=handle.adapter.language_model.config,
     )

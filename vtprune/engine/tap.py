@@ -203,8 +203,9 @@ def reading(tap: Reader) -> Iterator[None]:
 
 
 def is_reading() -> bool:
-    """Returns whether this context is inside a ``reading`` block."""
-    return _reading.get() is not None
+    """Returns whether calls of this context are made to be read; an onlooker's are the model's."""
+    found = _reading.get()
+    return found is not None and not getattr(found, "looks_on", False)
 
 
 def reader() -> Reader | None:
@@ -228,7 +229,7 @@ def _refuse_changed(module: nn.Module, kwargs: Mapping[str, Any]) -> None:
     if changed:
         raise UnsupportedError(
             f"{type(module).__name__} changes its attention by {', '.join(changed)}, which cannot "
-            "be read. Use a strategy that reads no attention, such as 'divprune'."
+            "be read or edited. Use a strategy that reads no attention, such as 'divprune'."
         )
 
 

@@ -129,10 +129,15 @@ def plan(
         UnsupportedError: a strategy that needs what a ViT alone has not.
     """
     facts = adapter.facts
-    if strategy.kind == "exit" or (strategy.kind == "compute" and strategy.acts_inside):
+    if strategy.kind in ("exit", "cache") or (strategy.kind == "compute" and strategy.acts_inside):
         raise UnsupportedError(
             f"{strategy.name} acts inside a language model; {facts.family} has none. Use a "
             "strategy that acts on patches, such as 'tome'."
+        )
+    if strategy.exclude_sinks:
+        raise ConfigError(
+            f"exclude_sinks=True: {facts.family} has no language model, whose sinks these are; "
+            "leave it out."
         )
     if strategy.kind == "compute":
         if keep is not None or reduce is not None:

@@ -14,9 +14,9 @@ from transformers import Cache, PreTrainedModel
 
 from vtprune.engine import tap
 from vtprune.engine.compaction import Prompt, compact, rows_of, shorten
-from vtprune.engine.computing import Computing
 from vtprune.engine.decoding import Decoding
 from vtprune.engine.encoder import encode
+from vtprune.engine.evicting import Evicting
 from vtprune.engine.generation import (
     FullPrompt,
     refuse,
@@ -29,6 +29,7 @@ from vtprune.engine.inputs import given, has_visuals, valid_tokens, visual
 from vtprune.engine.instance import bound, refuse_overlap, restore
 from vtprune.engine.instance import live as _live
 from vtprune.engine.instruction import instructions
+from vtprune.engine.intervening import Intervening
 from vtprune.engine.items import Item
 from vtprune.engine.layers import Layers
 from vtprune.engine.measure import Measured
@@ -79,9 +80,10 @@ class Handle:
         self.newlines: Newlines = newlines
         self.outside = [s for s in self.steps if s.stage.site is not Site.DECODER]
         decoding = [s for s in self.steps if s.stage.site is Site.DECODER]
-        self.inside = [s for s in decoding if s.stage.rule is None]
-        rules = {s.stage.layer or 0: s.stage.rule for s in decoding if s.stage.rule is not None}
-        self._computing = Computing(adapter.decoder, rules, self._current)
+        self.inside = [s for s in decoding if s.stage.lets_leave]
+        self._intervening = Intervening(adapter.decoder, decoding, self._current)
+        self._computing = self._intervening.inner
+        self._evicting = Evicting(adapter.decoder, decoding, self._current, self._intervening)
         self.positions: Positions = self.outside[-1].positions if self.outside else "keep"
         self.timing = False
         self.selections: list[Selection] = []
@@ -125,7 +127,7 @@ class Handle:
     @property
     def acts_inside(self) -> bool:
         """Whether something happens inside the language model."""
-        return bool(self.inside or self._computing.rules)
+        return bool(self.inside or self._intervening.acts or self._evicting.steps)
 
     @property
     def final(self) -> Tensor | None:
@@ -153,10 +155,12 @@ class Handle:
         undo.callback(hook.remove)
         undo.callback(language_model.register_forward_hook(self._measure).remove)
         if self.acts_inside:
-            decoder, forgetting = self.adapter.decoder, self._computing.choosing
+            decoder = self.adapter.decoder
+            forgetting = (*self._computing.choosing, *self._evicting.steps)
             layers = Layers(language_model, decoder, self.inside, self._current, forgetting)
             layers.install(undo)
-            self._computing.install(undo)
+            self._intervening.install(undo)
+            self._evicting.install(undo)
         for name, replacement in (("generate", self._generate), ("forward", self._forward)):
             undo.callback(restore(self.model, name))
             original = getattr(self.model, name)
@@ -237,7 +241,8 @@ class Handle:
         cut = None if decoding is None else decoding.final()
         if cut is not None:
             self.index = self.final
-        if not prompt.changed and cut is None and not (decoding and decoding.held):
+        acts = decoding is not None and bool(decoding.held or decoding.marks)
+        if not prompt.changed and cut is None and not acts:
             return result
         for value in result.values() if isinstance(result, Mapping) else result:
             if isinstance(value, Cache):
@@ -265,7 +270,7 @@ class Handle:
     def _call(self, original: Callable[..., Any], batch: dict[str, Any], call: _Call) -> Any:
         token = _running.set(call)
         try:
-            with tap.changing(self._computing):
+            with tap.changing(self._evicting):
                 return original(**batch)
         finally:
             _running.reset(token)
@@ -288,7 +293,7 @@ class Handle:
             reads_text = any(step.stage.reads_text for step in self.outside)
             text = self._text(ids, valid) if reads_text else None
             tower = self._text_tower
-            needs = self._computing.needs
+            needs = self._intervening.needs
             encoded = encode(self.adapter, self.outside, batch, text, self.newlines, tower, needs)
             prompt = shorten(ids, valid, encoded.items, encoded.selections)
         self.selections, self._items = encoded.selections, encoded.items

@@ -3,11 +3,11 @@
 A prefill's keys are looked at whole where they matter, as means of 2, 4 or 8 where they matter less
 and not at all where they do not. ziplab/Pyramid-Sparse-Attention. B prompts, H heads, L tokens,
 n blocks, d head width. A level is how many keys are one; 0 = the block is not seen.
+``kernels/psa_attention.py`` attends by them.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 
 import torch
@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Bounds = Mapping[int, tuple[float, float]]
-LEVELS = (1, 2, 4, 8)
 # Level by the share of a row's importance that blocks up to this one have: above, up to.
 QWEN: Bounds = {1: (0.0, 0.7), 2: (0.7, 0.8), 4: (0.8, 0.9), 8: (0.9, 0.9)}
 ALIKE = {2: 0.75, 4: 0.7, 8: 0.7}  # cosine above which keys may be one
@@ -79,40 +78,6 @@ def coarsest(k: Tensor, block: int, alike: Mapping[int, float] = ALIKE) -> Tenso
     return found
 
 
-def attend(
-    q: Tensor, k: Tensor, v: Tensor, levels: Tensor, block: int, scale: float | None = None
-) -> Tensor:
-    """Returns causal attention in which keys and values of a block are means of so many.
-
-    A mean counts for all that it is made of. One block of queries at a time.
-
-    Args:
-        q, k, v: ``[B, H, L, d]``, grouped heads repeated; levels: ``[B, H, n, n]`` of 0 and
-            ``LEVELS``; scale: of logits, d ** -0.5 by default.
-
-    Returns:
-        ``[B, H, L, d]`` in the dtype of ``v``.
-    """
-    length = q.shape[-2]
-    factor = q.shape[-1] ** -0.5 if scale is None else scale
-    place = torch.arange(length, device=q.device)
-    pooled = [(level, *(_pooled(x, block, level) for x in (k, v))) for level in LEVELS]
-    rows = []
-    for number, first in enumerate(range(0, length, block)):
-        queries, own = q[..., first : first + block, :].float() * factor, levels[..., number, :]
-        logits, values = [], []
-        for level, keys, means in pooled:
-            seen = (first + block) // level  # nothing after the queries' own block
-            last = torch.arange(1, seen + 1, device=q.device) * level - 1
-            there = (own == level).repeat_interleave(block // level, dim=-1)[..., None, :seen]
-            there = there & (last <= place[first : first + block, None])
-            score = queries @ keys[..., :seen, :].mT + math.log(level)
-            logits.append(score.masked_fill(~there, -torch.inf))
-            values.append(means[..., :seen, :])
-        rows.append(torch.cat(logits, dim=-1).softmax(-1) @ torch.cat(values, dim=-2))
-    return torch.cat(rows, dim=-2).to(v.dtype)
-
-
 def density(levels: Tensor) -> Tensor:
     """Returns what share of causal attention is computed: the mean over seen pairs of 1 / level."""
     n = levels.shape[-1]
@@ -124,10 +89,6 @@ def _whole_blocks(x: Tensor, block: int) -> Tensor:
     """Returns ``[..., n * block, d]`` float32, the last token repeated to the end of its block."""
     last = x[..., -1:, :].expand(*x.shape[:-2], -x.shape[-2] % block, -1)
     return torch.cat([x, last], dim=-2).float()
-
-
-def _pooled(x: Tensor, block: int, level: int) -> Tensor:
-    return _whole_blocks(x, block).unflatten(-2, (-1, level)).mean(-2)
 
 
 def _grouped(x: Tensor, stride: int, length: int) -> Tensor:

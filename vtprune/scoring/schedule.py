@@ -99,6 +99,20 @@ class Part:
 
 
 @dataclass(frozen=True)
+class Before:
+    """What share a stage leaves, if a later one leaves the share ``left`` of that, in the end.
+
+    Give it to a ``Stage`` as its ``times``. It leaves no more than all.
+    """
+
+    left: float
+
+    def __call__(self, keep: float) -> float:
+        """Returns the share where ``keep`` is left in the end."""
+        return min(1.0, keep / self.left)
+
+
+@dataclass(frozen=True)
 class Falling:
     """What share is left after ``done`` of ``steps`` equal steps down to the share asked for.
 

@@ -10,8 +10,22 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from vtprune.needs import Facts
+
 EPS = 1e-6
 TAU = 20.0  # by the authors of VAR: what a sink's norm-free activation exceeds
+WIDTH = 4096  # of the model that they took it from
+# In which hidden dimensions sinks are large, by family, layers and width of the language model. The
+# first two are of the authors' code; the others were found by users of it.
+DIMS = {
+    ("LLaVA-1.5", 32, 4096): (1415, 2533),
+    ("LLaVA-1.5", 40, 5120): (2100, 4743),
+    ("Qwen2-VL", 28, 3584): (458, 2570),
+    ("Qwen2.5-VL", 28, 3584): (458, 2570),
+    ("Qwen2.5-VL", 36, 2048): (318, 1874, 1819),
+    ("Qwen2.5-VL", 64, 5120): (4675, 3094),
+    ("Qwen2-VL", 28, 1536): (1073, 534, 940),
+}
 
 
 def sink_score(hidden: Tensor, dims: Sequence[int]) -> Tensor:
@@ -29,6 +43,43 @@ def sink_score(hidden: Tensor, dims: Sequence[int]) -> Tensor:
     x = hidden.float()
     scale = (x.square().mean(-1, keepdim=True) + EPS).rsqrt()
     return (x * scale)[..., list(dims)].abs().amax(-1)
+
+
+def known_dims(facts: Facts) -> tuple[int, ...] | None:
+    """Returns the dims of ``sink_score`` for a model, None where nobody has published them."""
+    for (family, layers, width), dims in DIMS.items():
+        named = facts.family == family or facts.family.startswith(f"{family} ")
+        if named and (facts.decoder_layers, facts.decoder_width) == (layers, width):
+            return dims
+    return None
+
+
+def threshold(width: int) -> float:
+    """Returns ``TAU``, in models narrower than the authors' the same share of the most.
+
+    One of ``width`` dimensions exceeds the root mean square of all at most ``sqrt(width)`` times.
+    """
+    return TAU * min(1.0, (width / WIDTH) ** 0.5)
+
+
+def find_sinks(
+    hidden: Tensor, first: Tensor, dims: Sequence[int] | None, tau: float | None = None
+) -> Tensor:
+    """Returns which tokens that enter a layer are sinks, ``[B, L]`` bool.
+
+    Args:
+        hidden: ``[B, L, C]``; first: ``[B, L]`` bool, the first token of each prompt.
+        dims: see ``sink_score``; None = those in which the first token, a sink in most models,
+            exceeds ``tau`` itself: without any there is none.
+        tau: see ``TAU``; None = ``threshold`` of the width.
+    """
+    least = threshold(hidden.shape[-1]) if tau is None else tau
+    if dims is not None:
+        return sink_score(hidden, dims) > least
+    x = hidden.float()
+    large = x.abs() * (x.square().mean(-1, keepdim=True) + EPS).rsqrt() > least
+    massive = (large & first[..., None]).any(1, keepdim=True)
+    return (large & massive).any(-1)
 
 
 def image_centric(

@@ -63,18 +63,26 @@ def still_places(spans: Sequence[Span], runs: Tensor) -> Tensor:
     return torch.stack(found)
 
 
-def loosened(spans: Sequence[Span], still: Tensor, changed: Tensor, k: int) -> Tensor:
+def most_changed(spans: Sequence[Span], changed: Tensor) -> Tensor:
+    """Returns the most that a place changes between frames of each segment, ``[S, N]``.
+
+    Args:
+        changed: ``[T - 1, N]``, how much each token does.
+    """
+    padded = torch.cat([changed, changed.new_full((1, changed.shape[1]), -torch.inf)])
+    return torch.stack([padded[first : max(end - 1, first + 1)].amax(0) for first, end in spans])
+
+
+def loosened(spans: Sequence[Span], still: Tensor, moved: Tensor, k: int) -> Tensor:
     """Returns ``still`` without the places that move most, until it leaves ``k`` tokens or more.
 
     Args:
-        still: ``[S, N]`` bool; changed: ``[T - 1, N]``, how much each token does.
+        still: ``[S, N]`` bool; moved: ``[S, N]``, how much each place does.
     """
     frames = torch.tensor([end - first for first, end in spans])[:, None]
     lacking = k - int((frames - (frames - 1) * still).sum())
     if lacking <= 0:
         return still
-    padded = torch.cat([changed, changed.new_full((1, still.shape[1]), -torch.inf)])
-    moved = torch.stack([padded[first : max(end - 1, first + 1)].amax(0) for first, end in spans])
     order = ranked(moved.masked_fill(~still, -torch.inf).flatten()[None])[0]
     gained = (frames - 1).expand_as(still).flatten()[order].cumsum(0)
     loose = order[: int((gained < lacking).sum()) + 1]
@@ -126,23 +134,25 @@ def copied(rows: Tensor) -> Made:
     return Made(rows, rows, every, torch.ones(len(rows), device=rows.device))
 
 
-def around_centres(pool: Pool, x: Tensor, k: int, near: int, beta: float) -> Made:
+def around_centres(pool: Pool, x: Tensor, k: int, near: int, beta: float | None) -> Made:
     """Merges the means of a pool into ``k`` of them, which count ``beta``, the others the rest.
 
     A centre to which nothing belongs stays as it is. It stands in the first frame of the span.
 
     Args:
-        x: ``[T, N, D]``; near: by how many neighbours density is told.
+        x: ``[T, N, D]``; near: by how many neighbours density is told, itself among them.
+        beta: None = a centre counts as much as each of the others.
     """
     width, n = x.shape[1], len(pool.places)
-    centres, cluster = density_peaks(pool.mean(x)[None], k, min(near, k))
+    centres, cluster = density_peaks(pool.mean(x)[None], k, min(near, n))
     centres, turn = centres[0].sort()
     cluster = turn.argsort()[cluster[0]]
     others = torch.ones(n, dtype=torch.bool, device=x.device)
     others[centres] = False
-    joined = torch.bincount(cluster[others], minlength=k)
-    weight = ((1 - beta) / joined.clamp(min=1).float())[cluster]
-    weight[centres] = torch.where(joined > 0, beta, 1.0)
+    joined = torch.bincount(cluster[others], minlength=k).float()
+    own = 1 / (1 + joined) if beta is None else torch.where(joined > 0, beta, 1.0)
+    weight = ((1 - own) / joined.clamp(min=1))[cluster]
+    weight[centres] = own
     frames = torch.arange(*pool.span, device=x.device)[:, None] * width
     return Made(
         frames[0] + pool.places[centres],
@@ -167,8 +177,12 @@ def joined_up(parts: Sequence[Made], *, ascending: bool) -> Made:
 def stacked(made: Sequence[Made], n: int) -> Selection:
     """Returns the selection of videos of ``n`` tokens with as many outputs each.
 
-    Edges that a video lacks repeat its last one with weight 0.
+    Edges that a video lacks repeat its last one with weight 0. Without more edges than outputs
+    these are copies.
     """
+    rows = torch.stack([one.rows for one in made])
+    if all(len(one.source) == len(one.rows) for one in made):
+        return Selection(rows, n)
     most = max(len(one.source) for one in made)
 
     def filled(x: Tensor, last: float | None = None) -> Tensor:
@@ -176,7 +190,7 @@ def stacked(made: Sequence[Made], n: int) -> Selection:
         return torch.cat([x, tail.expand(most - len(x))])
 
     return Selection(
-        torch.stack([one.rows for one in made]),
+        rows,
         n,
         Mix(
             torch.stack([filled(one.source) for one in made]),

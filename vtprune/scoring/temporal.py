@@ -97,11 +97,39 @@ def rounded(exact: Tensor, k: int, most: int | Tensor, *, greedy: bool = False) 
     return given
 
 
+def capped(weights: Tensor, k: int, most: int) -> Tensor:
+    """Returns budgets of frames in proportion to ``weights``, none above ``most``, ``[B, T]``.
+
+    What a frame cannot take goes to the others, in proportion; where all others weigh nothing it is
+    left over, and without any weight all frames are alike.
+
+    Args:
+        weights: ``[B, T]`` of at least 0; k: what a video has.
+    """
+    weights = weights.double()
+    weights = torch.where(weights.sum(1, keepdim=True) > 0, weights, 1.0)
+    full = torch.zeros_like(weights, dtype=torch.bool)
+    while True:
+        free = weights.masked_fill(full, 0.0)
+        rest = (k - most * full.sum(1, keepdim=True)).clamp(min=0)
+        exact = rest * free / free.sum(1, keepdim=True).clamp(min=torch.finfo(free.dtype).tiny)
+        over = (exact > most) & ~full
+        if not bool(over.any()):
+            return torch.where(full, float(most), exact)
+        full |= over
+
+
 def evenly(rooms: Sequence[int], k: int) -> list[int]:
     """Shares ``k`` evenly among what has room, the earlier first; no more than there is."""
     most = torch.tensor([rooms])
     has = most > 0
     return rounded(has * (k / max(1, int(has.sum()))), k, most)[0].tolist()
+
+
+def in_proportion(sizes: Sequence[int], k: int) -> list[int]:
+    """Shares ``k`` in proportion to ``sizes``, of which none gets more, by largest remainder."""
+    most = torch.tensor([sizes])
+    return rounded(most.double() * k / max(1, int(most.sum())), k, most)[0].tolist()
 
 
 def best_of_frames(score: Tensor, budgets: Tensor, bad: Tensor, k: int) -> Tensor:

@@ -74,6 +74,8 @@ class ToDRE(Strategy):
                 f"exit=True: {facts.family} has no layer of its language model before which tokens "
                 "may leave; leave it out."
             )
+        if self.exclude_sinks:
+            raise ConfigError("exclude_sinks=True: sinks exit with all others; leave it out.")
         layer = facts.scale_decoder(28, 32)
         return (*super().plan(facts), Stage(Site.DECODER, (TextRows(layer),), layer))
 

@@ -71,7 +71,7 @@ class YOPO(Compute):
                 f"layercut={cut}: with renorm tokens leave before it, and {facts.family} lets them "
                 f"leave before layers {first} to {last}."
             )
-        here = [stage for stage in stages if stage.rule is not None and stage.rule.read]
+        here = [s for s in stages if isinstance(s.rule, RowRule) and s.rule.read]
         return (*here, Stage(Site.DECODER, layer=cut))
 
     def counts(self, signals: Signals, budget: Budget) -> list[int]:
