@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ def built(
     *,
     warps: int = 4,
     stages: int = 3,
+    aligned: Collection[str] = (),
     **fixed,
 ) -> Any:
     """Returns what Triton compiles; raises AssertionError where it spills or shares too much.
@@ -35,6 +36,7 @@ def built(
     Args:
         signature: the type of each argument that is no constant, such as ``*fp32`` or ``i32``,
             or of each in a tuple.
+        aligned: the pointers that 16 divides wherever the kernel is launched.
         fixed: the constants.
     """
     from triton.backends.compiler import GPUTarget
@@ -43,8 +45,10 @@ def built(
     place, most = TARGETS[target]
     types = {name: signature.get(name, "constexpr") for name in kernel.arg_names}
     assert set(types) == {*signature, *fixed}, "arguments without a type or a value"
+    names = enumerate(kernel.arg_names)
+    attrs = {(i,): [["tt.divisibility", 16]] for i, name in names if name in aligned}
     made = triton.compile(
-        ASTSource(kernel, types, fixed),
+        ASTSource(kernel, types, fixed, attrs),
         target=GPUTarget(*place),
         options={"num_warps": warps, "num_stages": stages},
     )

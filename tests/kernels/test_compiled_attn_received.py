@@ -23,9 +23,16 @@ def both(target: str, dtype: torch.dtype, d: int, few: bool = False, **how: bool
     held = tile(dtype, 1000, d, few, target.startswith("gfx"))
     flags = {"CAUSAL": False, "PACKED": False, "SEEN": few, "STACK": 7 if few else 1, **how}
     sizes = dict(zip(("D", "D0", "D1"), (d, *halves(d)), strict=True))
-    fixed = {**flags, **sizes, "QUERIES": held.queries, "KEYS": held.keys, "UPCAST": False}
+    fixed: dict[str, Any] = {
+        **flags,
+        **sizes,
+        "QUERIES": held.queries,
+        "KEYS": held.keys,
+        "UPCAST": False,
+    }
     made = []
-    for kernel, more in ((_log_sums, {}), (_key_means, {"SPLIT": few})):
+    parts: list[tuple[Any, dict[str, Any]]] = [(_log_sums, {}), (_key_means, {"SPLIT": few})]
+    for kernel, more in parts:
         types = TYPES | {"q": NAMES[dtype], "k": NAMES[dtype]}
         types = {name: types[name] for name in kernel.arg_names if name in types}
         fixed |= {"warps": held.warps, "stages": held.stages}

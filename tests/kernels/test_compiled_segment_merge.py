@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from tests.kernels.compiled import TARGETS, built
@@ -17,7 +19,7 @@ def test_outputs_fit(target: str, dtype: str) -> None:
 
     block, warps = MADE[dtype]
     types = {**TYPES, "x": f"*{dtype}", "out": f"*{dtype}"}
-    fixed = {"CHUNK": CHUNK, "EDGES": EDGES, "BLOCK": block}
+    fixed: dict[str, Any] = {"CHUNK": CHUNK, "EDGES": EDGES, "BLOCK": block}
     built(_merge, types, target, warps=warps, LONG=dtype != "fp16", **fixed)
 
 

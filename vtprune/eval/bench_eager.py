@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize
+from torch.nn.functional import normalize, pad
 
 
 def attention(q: Tensor, k: Tensor) -> Tensor:
@@ -15,6 +16,24 @@ def attention(q: Tensor, k: Tensor) -> Tensor:
     k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
     logits = q @ k.mT * q.shape[-1] ** -0.5
     return logits.softmax(-1, dtype=torch.float32).mean((1, 2))
+
+
+def pyramid(q: Tensor, k: Tensor, v: Tensor, levels: Tensor, block: int) -> Tensor:
+    """Returns attention to means of keys, from the whole matrix of all levels' logits."""
+    length, more = q.shape[2], -q.shape[2] % block
+    k, v = (
+        pad(x.repeat_interleave(q.shape[1] // x.shape[1], dim=1), (0, 0, 0, more)) for x in (k, v)
+    )
+    place, logits, values = torch.arange(length, device=q.device), [], []
+    for level in (1, 2, 4, 8):
+        keys, means = (x.unflatten(2, (-1, level)).mean(3) for x in (k, v))
+        last = (torch.arange(keys.shape[2], device=q.device) + 1) * level - 1
+        seen = levels[..., place[:, None] // block, last // block] == level
+        found = q @ keys.mT * q.shape[-1] ** -0.5 + math.log(level)
+        logits.append(found.masked_fill(~(seen & (last <= place[:, None])), -torch.inf))
+        values.append(means)
+    weights = torch.cat(logits, dim=-1).softmax(-1, dtype=torch.float32)
+    return weights.to(v.dtype) @ torch.cat(values, dim=2)
 
 
 def greedy(features: Tensor, k: int, mode: str, given: Any) -> Tensor:

@@ -14,6 +14,7 @@ from vtprune.kernels.attn_received import attn_received
 from vtprune.kernels.attn_rows import attn_rows
 from vtprune.kernels.gather_tokens import gather_tokens
 from vtprune.kernels.greedy_select import greedy_select
+from vtprune.kernels.psa_attention import psa_attention
 from vtprune.kernels.row_pair_stats import row_pair_stats
 from vtprune.kernels.scatter_tokens import scatter_tokens
 from vtprune.kernels.segment_merge import segment_merge
@@ -92,6 +93,25 @@ def _attention(normal: Normal, dtype: torch.dtype, shape: Shape) -> tuple[Any, .
     return q.to(dtype), k.to(dtype)
 
 
+def _levels(shape: Shape) -> Tensor:
+    """Levels ``[n, n]`` as a long prompt has them: half the blocks are not seen."""
+    place = torch.arange(-(-shape["N"] // shape["block"]))
+    levels = torch.tensor(_LEVELS)[(3 * place[:, None] + 5 * place) % len(_LEVELS)]
+    return levels.masked_fill((place == place[:, None]) | (place == 0), 1).tril()
+
+
+def _pyramid(normal: Normal, dtype: torch.dtype, shape: Shape) -> tuple[Any, ...]:
+    q, k = _attention(normal, dtype, shape)
+    levels = _levels(shape).to(q.device).expand(*q.shape[:2], -1, -1)
+    return q, k, normal(*k.shape).to(dtype), levels, shape["block"]
+
+
+def _pyramid_flops(shape: Shape) -> float:
+    levels = _levels(shape).double()
+    pairs = torch.where(levels > 0, 1 / levels, 0.0).sum() - len(levels) / 2  # half of the diagonal
+    return 4 * shape["B"] * shape["H"] * shape["d"] * shape["block"] ** 2 * float(pairs)
+
+
 def _features(normal: Normal, dtype: torch.dtype, shape: Shape) -> tuple[Any, ...]:
     b, n, mode = shape["B"], shape["N"], shape["mode"]
     given = None
@@ -147,6 +167,8 @@ def _scatter(index: Tensor, rows: Tensor, into: Tensor) -> tuple[Tensor, ...]:
 
 _RECEIVED = [(1, 577, 16, 64), (64, 577, 16, 64), (8, 2880, 16, 64), (1, 4096, 16, 80)]
 _RECEIVED += [(1, 16384, 16, 80), (4, 16384, 16, 80), (8, 4096, 32, 128)]
+_LEVELS = (0, 4, 0, 1, 0, 8, 0, 2, 0, 4, 0, 1, 0, 8, 2, 0)
+_SEEN = [(1, 4096, 16, 16, 64, 128), (1, 4096, 28, 4, 128, 128), (1, 16384, 28, 4, 128, 128)]
 _ROWS = [(64, 577, 1, 16, 16, 64), (1, 640, 1, 32, 32, 128), (1, 16640, 1, 28, 4, 128)]
 _PICKS = [(1, 576, 1024, 64, "max_min"), (16, 576, 1024, 64, "max_min")]
 _PICKS += [(1, 2880, 1024, 320, mode) for mode in ("max_min", "max_sum", "mmr")]
@@ -168,6 +190,14 @@ OPS = {
         _sizes("B N M H Hkv d", *_ROWS, (1, 16640, 64, 28, 4, 128)),
         _sizes("B N M H Hkv d", (2, 257, 4, 8, 2, 64)),
         flops=lambda s: 2 * s["B"] * s["H"] * s["M"] * s["N"] * s["d"],
+    ),
+    "psa_attention": Op(
+        psa_attention,
+        bench_eager.pyramid,
+        _pyramid,
+        _sizes("B N H Hkv d block", *_SEEN),
+        _sizes("B N H Hkv d block", (2, 200, 4, 2, 64, 32)),
+        flops=_pyramid_flops,
     ),
     "greedy_select": Op(
         _select,
