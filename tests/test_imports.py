@@ -30,19 +30,23 @@ OPTIONAL = {
 OPTIONAL |= {"triton", "typer", "vllm"}
 
 VOCABULARY = {"vtprune.types", "vtprune.needs", "vtprune.selection", "vtprune.budget"}
-VOCABULARY |= {"vtprune.attending"}
+VOCABULARY |= {"vtprune.attending", "vtprune.evicting"}
 VOCABULARY |= {"vtprune.errors", "vtprune.kernels", "vtprune.rules", "vtprune.signals"}
+VOCABULARY |= {"vtprune.interventions"}
 TRAINED = {"vtprune.gates", "vtprune.projectors", "vtprune.trained"}
 # Folder or file -> what it may import besides the standard library.
 ALLOWED = {
     "errors": set(),
+    "assisted": {"vtprune.engine", "vtprune.errors", "torch", "transformers"},
     "attending": {"vtprune.kernels", "torch"},
     "budget": {"vtprune.errors"},
+    "evicting": {"vtprune.budget", "torch"},
+    "interventions": {"vtprune.errors", "vtprune.needs", "vtprune.rules", "torch"},
     "kernels": {"vtprune.errors", "vtprune.kernels", "torch", "triton"},
     "needs": {"vtprune.errors"},
     "rules": {"vtprune.errors", "vtprune.needs", "torch"},
     "selection": {"vtprune.kernels", "torch"},
-    "signals": {"vtprune.errors", "vtprune.needs", "torch"},
+    "signals": {"vtprune.budget", "vtprune.errors", "vtprune.needs", "torch"},
     "types": {*VOCABULARY, "torch"},
     "scoring": {*VOCABULARY, "vtprune.scoring", "torch"},
     "gates": {*VOCABULARY, "vtprune.scoring", "vtprune.trained", "safetensors", "torch"},
@@ -57,8 +61,13 @@ ALLOWED = {
         *("vtprune.vit_adapters", "vtprune.vlm_adapters"),
     },
     "setting": {"vtprune.budget", "vtprune.errors", "vtprune.registry", "yaml"},
-    "engine": {
+    "contrast": {
         *VOCABULARY,
+        *("vtprune.contrast", "vtprune.engine", "vtprune.scoring"),
+        *("PIL", "torch", "transformers"),
+    },
+    "engine": {
+        *(*VOCABULARY, "vtprune.scoring.sinks"),
         "vtprune.engine",
         "vtprune.flops",
         "vtprune.registry",
