@@ -52,7 +52,7 @@ def test_rows_are_those_of_the_sweep_tables(folder):
     for row, summary in zip(task.rows, summaries, strict=True):
         texts = cells(summary)
         assert row.cells[:4] == texts[:4]
-        assert row.cells[7:11] == texts[4:]
+        assert row.cells[7:12] == texts[4:]
         assert len(row.cells) == len(COLUMNS)
     assert [row.reference for row in task.rows] == [True, True, True, True, False, False]
 

@@ -51,6 +51,7 @@ def test_a_row_says_everything(tmp_path):
         "tokens",
         "kept",
         "flops",
+        "cache",
     ]
 
 
@@ -197,7 +198,7 @@ def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
 
 def test_a_folder_of_another_version_is_refused(tmp_path):
     (tmp_path / "settings.json").write_text('{"model": "m"}')
-    with pytest.raises(ConfigError, match=r"another version of vtprune.*tokens, kept, flops\)"):
+    with pytest.raises(ConfigError, match=r"another version of vtprune.*kept, flops, cache\)"):
         Folder(tmp_path, SETTINGS)
 
 

@@ -25,6 +25,7 @@ from vtprune.eval import scenes as making
 from vtprune.eval import show as showing
 from vtprune.eval.asked import asked, asked_one
 from vtprune.eval.budgets import BUDGETS, STRATEGIES, Point, parse_budget, split
+from vtprune.eval.cli_analyze import analyze
 from vtprune.eval.cli_bench import bench
 from vtprune.eval.cli_report import report
 from vtprune.eval.cli_train import Device, Dtype, Model, train
@@ -170,6 +171,7 @@ def show(
     ctx: typer.Context,
     image: Annotated[Path | None, typer.Argument(help="Image file; without it a scene.")] = None,
     scene: Annotated[int, typer.Option(min=0, help="Number of a held-out scene, or picture.")] = 0,
+    clip: Annotated[int | None, typer.Option(min=0, help="Number of a held-out clip.")] = None,
     question: Annotated[str | None, typer.Option(help="What to ask; mini-clip: a caption.")] = None,
     strategy: Annotated[
         str, typer.Option(help="One strategy, or the file of a setting.")
@@ -178,14 +180,14 @@ def show(
     out: Annotated[Path, typer.Option(help="Picture to write.")] = Path("kept.png"),
     model: Model = shipped.DEFAULT,
 ) -> None:
-    """Answer a question about one image, and draw the patches that were kept or merged."""
+    """Answer a question about an image or clip, and draw the patches that were kept or merged."""
     point = asked_one(strategy, keep, given_of(ctx))
     strategy = point.strategy
-    if build(strategy).kind == "compute":
+    if build(strategy).kind in ("compute", "cache"):
         raise ConfigError(f"{strategy} keeps all visual tokens, so there is nothing to draw.")
     if "keep" not in (budget := parse_budget(point.budget)):
         raise ConfigError(f"{point.budget} says what leaves per block; show takes --keep.")
-    picture, asked = showing.what_to_show(image, scene, question, shipped.vit(model))
+    picture, asked = showing.what_to_show(image, scene, question, shipped.vit(model), clip)
     shown = showing.show(picture, asked, strategy, budget["keep"], out, model)
     console = Console(highlight=False, soft_wrap=True)
     asked_first = f"{escape(shown.question)} " if shown.question else ""
@@ -245,6 +247,7 @@ def calibrate(
     console.print(f"File: {escape(str(out))}; wrap(model, 'shortv', layers=...) takes the first.")
 
 
+app.command()(analyze)
 app.command()(train)
 app.command()(report)
 app.command("tune")(tune_command)

@@ -1,4 +1,4 @@
-"""``vtprune report``: sweeps and benchmarks as one HTML file."""
+"""``vtprune report``: sweeps, benchmarks and analyses as one HTML file."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from vtprune.eval.output import progress_bar
 
 
 def report(
-    folders: Annotated[list[Path], typer.Argument(help="What sweep or bench wrote: their --out.")],
+    folders: Annotated[list[Path], typer.Argument(help="What sweep, bench or analyze wrote.")],
     out: Annotated[
         Path | None, typer.Option(help="File to write, .html; in the first folder by default.")
     ] = None,

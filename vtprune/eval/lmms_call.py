@@ -23,7 +23,7 @@ class Reply:
 
     ``prompt`` tokens enter the first layer of the language model and ``new`` ones were made. Of
     ``tokens`` visual ones ``kept`` enter a layer on average; ``flops`` is the share of the unpruned
-    prefill, None where it is not known.
+    prefill, None where it is not known, and ``cache`` that of the batch's unpruned cache.
     """
 
     text: str
@@ -32,6 +32,7 @@ class Reply:
     tokens: int
     kept: float
     flops: float | None
+    cache: float | None
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ def _whole(adapter: VLMAdapter, inputs: dict[str, Tensor]) -> list[Reply]:
     prompts = inputs["attention_mask"].sum(1).tolist()
     tokens = visual(adapter, inputs["input_ids"]).sum(1).tolist()
     pairs = zip(prompts, tokens, strict=True)
-    return [Reply("", prompt, 0, seen, float(seen), 1.0) for prompt, seen in pairs]
+    return [Reply("", prompt, 0, seen, float(seen), 1.0, 1.0) for prompt, seen in pairs]
 
 
 def _pruned(report: Report, row: int) -> Reply:
@@ -128,7 +129,9 @@ def _pruned(report: Report, row: int) -> Reply:
         share = round(report.prefill(row).share, 5)
     except UnsupportedError:
         share = None
-    return Reply("", report.text[row] + report.entering(row)[0], 0, tokens, kept, share)
+    prompt = report.text[row] + report.entering(row)[0]
+    cache = None if report.cache is None else round(report.cache.share, 5)
+    return Reply("", prompt, 0, tokens, kept, share, cache)
 
 
 def _lengths(new: Tensor, ends: int | list[int] | None) -> list[int]:

@@ -144,6 +144,7 @@ def _row(
         count.tokens,
         round(count.kept, 2),
         count.flops,
+        count.cache,
     )
 
 

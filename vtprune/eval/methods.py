@@ -77,15 +77,16 @@ def _paper(text: str) -> str:
 
 def _tokens(name: str) -> str:
     """Returns what becomes of tokens."""
-    whole = {"compute": "all stay", "exit": "all or none pruned"}
+    whole = {"compute": "all stay", "exit": "all or none pruned", "cache": "leave caches"}
     if strategy_class(name).kind in whole:
         return whole[strategy_class(name).kind]
     return "merged" if not strategy_class(name).trained and merges(name) else "pruned"
 
 
-def _rank(name: str) -> tuple[bool, int, bool, str]:
-    first, computes = build(name).plan(LLAVA)[0].site, strategy_class(name).kind == "compute"
-    return _paper(_text(name)) != BASELINE, list(SITES).index(first), computes, name
+def _rank(name: str) -> tuple[bool, int, int, str]:
+    first = build(name).plan(LLAVA)[0].site
+    turn = {"compute": 1, "cache": 2}.get(strategy_class(name).kind, 0)
+    return _paper(_text(name)) != BASELINE, list(SITES).index(first), turn, name
 
 
 def _text(name: str) -> str:
@@ -147,7 +148,7 @@ def merges(name: str) -> bool:
     """
     (model, processor), inputs = _tiny()
     try:
-        handle = wrap(model, name, keep=0.5, processor=processor)
+        handle = wrap(model, name, keep=0.3, processor=processor)
     except UnsupportedError:  # it acts in a ViT by itself alone
         return False
     with handle:

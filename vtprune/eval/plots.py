@@ -50,12 +50,19 @@ PREFILL = Scale(
     FixedLocator([1, 2, 3, 5, 7, 10, 15, 20, 30, 50, 70, 100]),
 )
 
+CACHE = Scale(
+    "keys and values after the prefill, % of unpruned",
+    lambda s: 100 * (s.cache or 0),
+    PREFILL.ticks,
+)
+
 
 def plot(summaries: Sequence[Summary], path: Path, title: str, gflops: float | None = None) -> None:
     """Writes the figure to ``path``: one line per strategy, 95 % intervals, ceiling and floor.
 
-    Accuracy against tokens, and, where they are known, against FLOPs beside it; of a ViT, whose
-    tower takes ``gflops`` unpruned, against these and images per second.
+    Accuracy against tokens, and, where they are known, against FLOPs beside it, and against what
+    caches hold where that is less though all tokens enter; of a ViT, whose tower takes ``gflops``
+    unpruned, against these and images per second.
     """
     scales = _scales(summaries, gflops)
     height = max(5.0, 1 + LINE * len({s.strategy for s in summaries}))
@@ -73,11 +80,18 @@ def plot(summaries: Sequence[Summary], path: Path, title: str, gflops: float | N
 def _scales(summaries: Sequence[Summary], gflops: float | None) -> list[Scale]:
     counted = all(s.flops is not None for s in summaries)
     if gflops is None:
-        return [TOKENS, PREFILL] if counted else [TOKENS]
+        return [TOKENS, *([PREFILL] if counted else []), *([CACHE] if _shortens(summaries) else [])]
     ticks = MaxNLocator(6)
     work = Scale("GFLOPs of the blocks per image", lambda s: gflops * (s.flops or 0), ticks)
     pace = Scale("images per s", lambda s: 1000 / (s.ms or 1), ticks)
     return [work, pace] if all(s.ms for s in summaries) else [work]
+
+
+def _shortens(summaries: Sequence[Summary]) -> bool:
+    """Whether a cache holds less than all tokens that enter, and it is known of all points."""
+    whole = max((s.kept for s in summaries), default=0.0)
+    known = all(s.cache is not None for s in summaries)
+    return known and any(s.kept >= whole and (s.cache or 1.0) < 1 for s in summaries)
 
 
 def _panel(axes: Axes, summaries: Sequence[Summary], scale: Scale) -> None:

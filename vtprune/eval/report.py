@@ -1,4 +1,4 @@
-"""One HTML file about sweeps and benchmarks, which needs nothing else, not even a network."""
+"""One HTML file about sweeps, benchmarks and analyses, which needs nothing else, no network."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vtprune.errors import ConfigError, VTPruneError
+from vtprune.eval import report_analysis_charts as layers
 from vtprune.eval import report_charts as charts
 from vtprune.eval._extras import need
 from vtprune.eval.report_data import Run, Swept, read_run
@@ -84,7 +85,9 @@ def _section(run: Run, pictures: Pictures, tell: Callable[[int, int], None]) -> 
     groups = run.bench.groups() if run.bench else {}
     bars = {name: charts.phases(rows) for name, rows in groups.items()}
     drawn = _gallery(run.swept, pictures, tell) if run.swept else Gallery()
-    return Section(run, tasks, curves, bars, drawn)
+    points = run.analysis.points if run.analysis else []
+    seen = (layers.charts(points), layers.pictures(points)) if points else ({}, ())
+    return Section(run, tasks, curves, bars, drawn, *seen)
 
 
 def _gallery(swept: Swept, pictures: Pictures, tell: Callable[[int, int], None]) -> Gallery:

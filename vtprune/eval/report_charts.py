@@ -56,7 +56,7 @@ def accuracy(task: Task, axis: Axis) -> Chart:
             beside = 1.012 ** (i - (len(every) - 1) / 2)
             line["x"][: len(mine)] = [x * beside for x in line["x"][: len(mine)]]
         data.append(line)
-    layout = _layout() | {
+    layout = plain_layout() | {
         "height": min(max(520, 60 + 19 * len(data)), 760),  # as the legend needs
         "xaxis": {"title": {"text": axis.label}, **_ticks(summaries, axis)},
         "yaxis": {"title": {"text": "right answers, %"}},
@@ -67,7 +67,7 @@ def accuracy(task: Task, axis: Axis) -> Chart:
     for one in task.summaries:
         if one.strategy in (UNPRUNED, BLIND):
             _level(layout, one)
-    return _checked(data, layout)
+    return checked(data, layout)
 
 
 def phases(rows: Sequence[Timed]) -> Chart:
@@ -92,14 +92,14 @@ def phases(rows: Sequence[Timed]) -> Chart:
                 "marker": {"color": SHADES[i]},
             }
         )
-    layout = _layout() | {
+    layout = plain_layout() | {
         "barmode": "stack",
         "legend": {"traceorder": "normal"},
         "height": 140 + 28 * len(rows),
         "xaxis": {"title": {"text": "milliseconds to the first token, medians"}},
         "yaxis": {"autorange": "reversed", "automargin": True, "type": "category"},
     }
-    return _checked(data, layout)
+    return checked(data, layout)
 
 
 def _front(members: Sequence[Summary], axis: Axis) -> dict[str, Any]:
@@ -153,6 +153,8 @@ def _hover(s: Summary) -> str:
     lines.append(f"tokens: {s.kept:.4g}")
     if s.flops is not None:
         lines.append(f"FLOPs: {100 * s.flops:.1f} %")
+    if s.cache is not None:
+        lines.append(f"KV cache: {100 * s.cache:.1f} %")
     if s.ms is not None:
         lines.append(f"time: {s.ms:.1f} ms per sample")
     return "<br>".join([*lines, f"n: {s.n}"])
@@ -179,7 +181,7 @@ def _ticks(summaries: Sequence[Summary], axis: Axis) -> dict[str, Any]:
     return {"type": "log", "tickvals": ticks, "ticktext": [f"{tick:.3g}" for tick in ticks]}
 
 
-def _layout() -> dict[str, Any]:
+def plain_layout() -> dict[str, Any]:
     """Returns what charts share; colors of text and grid are set in the browser, by its scheme."""
     return {
         "height": 520,
@@ -191,7 +193,7 @@ def _layout() -> dict[str, Any]:
     }
 
 
-def _checked(data: Sequence[dict[str, Any]], layout: dict[str, Any]) -> Chart:
+def checked(data: Sequence[dict[str, Any]], layout: dict[str, Any]) -> Chart:
     """Returns the chart; a property that plotly does not know is refused here, not in a browser."""
     graphs = need("plotly.graph_objects", extra="eval")
     return graphs.Figure(data, layout | {"template": {}}).to_plotly_json()

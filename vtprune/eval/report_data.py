@@ -1,4 +1,4 @@
-"""What a report is made from: the folders that ``vtprune sweep`` and ``vtprune bench`` wrote.
+"""What a report is made from: the folders that ``vtprune sweep``, ``bench`` and ``analyze`` wrote.
 
 They are only read, and may belong to a run that still goes on.
 """
@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import get_args, get_type_hints
 
 from vtprune.errors import ConfigError
+from vtprune.eval.analyze_output import FILE as ANALYSIS
 from vtprune.eval.budgets import CEILING, FLOOR, Point, split
 from vtprune.eval.lmms_metrics import FILE as METRICS
 from vtprune.eval.lmms_metrics import Metrics
+from vtprune.eval.report_analysis import Analyzed, read_analysis
 from vtprune.eval.report_bench import Bench, read_bench
 from vtprune.eval.results import Settings, read_commands
 from vtprune.eval.rows import Answer, R, Timing, read_rows
@@ -64,31 +66,35 @@ class Swept:
 
 @dataclass(frozen=True)
 class Run:
-    """What one folder holds: answers of a sweep, a benchmark, or both."""
+    """What one folder holds: answers of a sweep, a benchmark, an analysis, or several of these."""
 
     path: Path
     swept: Swept | None
     bench: Bench | None
+    analysis: Analyzed | None = None
 
 
 def read_run(path: Path) -> Run:
     """Returns what is in a folder.
 
     Raises:
-        ConfigError: there is no such folder, it holds neither answers nor a benchmark, or what it
-            holds is damaged or does not belong together.
+        ConfigError: there is no such folder, it holds neither answers nor a benchmark nor an
+            analysis, or what it holds is damaged or does not belong together.
     """
     if not path.is_dir():
         what = "is a file" if path.exists() else "does not exist"
-        raise ConfigError(f"{path} {what}. Give a folder that vtprune sweep or bench wrote.")
+        raise ConfigError(
+            f"{path} {what}. Give a folder that vtprune sweep, bench or analyze wrote."
+        )
+    analysis = read_analysis(path / ANALYSIS) if (path / ANALYSIS).exists() else None
     bench = read_bench(path / BENCH) if (path / BENCH).exists() else None
     swept = _swept(path) if (path / RESULTS).exists() or (path / METRICS).exists() else None
-    if swept is None and bench is None:
+    if swept is None and bench is None and analysis is None:
         raise ConfigError(
-            f"{path} holds neither {RESULTS} nor {BENCH}. Give a folder that vtprune sweep or "
-            "bench wrote: their --out."
+            f"{path} holds neither {RESULTS} nor {BENCH} nor {ANALYSIS}. Give a folder that "
+            "vtprune sweep, bench or analyze wrote: their --out."
         )
-    return Run(path, swept, bench)
+    return Run(path, swept, bench, analysis)
 
 
 def _swept(path: Path) -> Swept:

@@ -7,6 +7,7 @@ import io
 import statistics
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +16,6 @@ from PIL import Image
 from vtprune.errors import ConfigError
 from vtprune.eval.budgets import CEILING, FLOOR, Point
 from vtprune.eval.regions import in_mean_color, merges
-from vtprune.eval.report_data import Swept
 from vtprune.eval.report_seen import Picture, Regions, Seer
 from vtprune.eval.rows import Answer
 from vtprune.eval.samples import LMMS
@@ -23,6 +23,10 @@ from vtprune.eval.show import DIMMED, frames
 from vtprune.eval.stats import Right
 from vtprune.registry import build
 
+if TYPE_CHECKING:
+    from vtprune.eval.report_data import Swept
+
+WHOLE = ("compute", "cache")  # kinds of strategies that let all tokens stay in the prompt
 CHOSEN = 4  # samples, where none are asked for
 
 Key = tuple[str, int]  # task and number of a sample
@@ -92,7 +96,7 @@ def gallery(
         VTPruneError: the model or the samples are not to be had, or the visual tokens form no grid.
     """
     pruned = [point for point in swept.points if point not in (CEILING, FLOOR)]
-    drawable = [point for point in pruned if build(point.strategy).kind != "compute"]
+    drawable = [point for point in pruned if build(point.strategy).kind not in WHOLE]
     whole = dict.fromkeys(point.strategy for point in pruned if point not in drawable)
     note = f"Not drawn, since all their tokens stay: {', '.join(whole)}." if whole else ""
     if not drawable:

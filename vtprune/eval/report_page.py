@@ -6,7 +6,7 @@ import base64
 import hashlib
 import platform
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import vtprune
 from vtprune.eval._extras import need
 from vtprune.eval.bench_model_output import legend
 from vtprune.eval.lmms_metrics import CAPTION as COUNTED
+from vtprune.eval.report_analysis_charts import Picture
 from vtprune.eval.report_bench import COLUMNS as PHASE_COLUMNS
 from vtprune.eval.report_charts import Chart
 from vtprune.eval.report_data import Run
@@ -26,20 +27,26 @@ TEMPLATES = Path(__file__).parent / "templates"
 
 @dataclass(frozen=True)
 class Section:
-    """One folder: its tables, charts by task and axis, bars by batch and resolution, pictures."""
+    """One folder: its tables, charts by task and axis, bars by batch and resolution, pictures.
+
+    Of an analysis charts of the ``layers`` by name, and the ``places`` that survive.
+    """
 
     run: Run
     tasks: list[Task]
     curves: dict[str, dict[str, Chart]]
     bars: dict[str, Chart]
     gallery: Gallery
+    layers: dict[str, Chart] = field(default_factory=dict)
+    places: Sequence[Picture] = ()
 
     @property
     def title(self) -> str:
         """What was measured."""
         if self.run.swept:
             return self.run.swept.settings.model
-        return self.run.bench.model if self.run.bench else str(self.run.path)
+        named = self.run.bench or self.run.analysis
+        return named.model if named else str(self.run.path)
 
     @property
     def notes(self) -> list[str]:
@@ -50,7 +57,7 @@ class Section:
     def commands(self) -> list[str]:
         """The command lines that measure this."""
         swept = self.run.swept.commands if self.run.swept else []
-        return [*swept, self.run.bench.command] if self.run.bench else swept
+        return [*swept, *(one.command for one in (self.run.bench, self.run.analysis) if one)]
 
     @property
     def parts(self) -> dict[str, str]:
@@ -58,6 +65,7 @@ class Section:
         found = {str(i): task.name for i, task in enumerate(self.tasks, 1)}
         found |= {"pictures": "what was kept"} if self.run.swept else {}
         found |= {"phases": "where the time goes"} if self.run.bench else {}
+        found |= {"analysis": "what is looked at"} if self.run.analysis else {}
         return found | {"how": "how it was measured"}
 
 

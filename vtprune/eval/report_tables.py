@@ -53,6 +53,7 @@ COLUMNS = (
     "p",
     "tokens",
     "FLOPs, %",
+    "KV cache, %",
     "ms",
     "n",
     "front",
@@ -62,8 +63,9 @@ EXPLAINED = (
     "gained: samples that were right, or more so, only unpruned, and only pruned; p: McNemar's "
     "exact test of these, of each row by itself: of twenty rows without any effect one falls below "
     "0.05 by chance. "
-    "tokens and FLOPs: means, of what the axes of the chart say. ms: median over batches of one "
-    "whole call, divided by the batch size. front: against what the point is on the Pareto front."
+    "tokens and FLOPs: means, of what the axes of the chart say. KV cache: its bytes after the "
+    "prefill, in % of unpruned. ms: median over batches of one whole call, divided by the batch "
+    "size. front: against what the point is on the Pareto front."
 )
 
 

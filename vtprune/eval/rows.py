@@ -34,8 +34,9 @@ class Answer:
 
     ``kept`` is a mean over layers where tokens leave inside the language model. ``flops`` is the
     share of the unpruned prefill that its layers compute, by the published formulas, words and all,
-    0 to 1; None where it is not known how they are built. Where a task gives marks, ``right`` is a
-    share, 0 to 1.
+    0 to 1; None where it is not known how they are built. ``cache`` is the share of the unpruned
+    cache's bytes that the batch's holds after the prefill, padding and all; None where there is
+    none of a known kind. Where a task gives marks, ``right`` is a share, 0 to 1.
     """
 
     task: str
@@ -50,6 +51,7 @@ class Answer:
     tokens: int
     kept: float
     flops: float | None = None
+    cache: float | None = None
 
     @property
     def point(self) -> Point:

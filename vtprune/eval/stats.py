@@ -28,7 +28,8 @@ class Interval:
 class Summary:
     """One point: shares in 0 to 1, mean visual tokens kept, milliseconds (None = not timed).
 
-    ``flops`` is the mean share of the unpruned prefill (None = not known).
+    ``flops`` is the mean share of the unpruned prefill, ``cache`` that of the unpruned cache's
+    bytes (None = not known).
     """
 
     strategy: str
@@ -40,6 +41,7 @@ class Summary:
     flops: float | None
     ms: float | None
     kinds: dict[str, float]
+    cache: float | None = None
 
 
 def accuracy(right: int, n: int) -> Interval:
@@ -140,6 +142,7 @@ def _summary(
         _mean([row.flops for row in rows.values()]),
         statistics.median(times) if times else None,
         _per_kind(list(rows.values())),
+        _mean([row.cache for row in rows.values()]),
     )
 
 

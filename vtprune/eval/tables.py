@@ -11,7 +11,7 @@ from rich.text import Text
 from vtprune.eval.budgets import BLIND, UNPRUNED
 from vtprune.eval.stats import Interval, Summary
 
-FLOPS = "FLOPs, %"  # not on the terminal, where 80 columns are full
+FLOPS, CACHE = "FLOPs, %", "KV cache, %"  # not on the terminal, where 80 columns are full
 COLUMNS = (
     "strategy",
     "budget",
@@ -19,6 +19,7 @@ COLUMNS = (
     "vs unpruned,\npoints [95 %]",
     "tokens\nkept",
     FLOPS,
+    CACHE,
     "ms per\nsample",
     "n",
 )
@@ -41,7 +42,7 @@ CAPTION = (
 )
 NOTE = (
     "FLOPs: those of the language model's prefill, words too, by the published formulas, in % of "
-    "unpruned."
+    "unpruned. KV cache: bytes of keys and values after the prefill, words too, in % of unpruned."
 )
 VIT_CAPTION = (
     f"unpruned is every strategy's 100 % point. {HOW} GFLOPs: of the blocks per image, by the "
@@ -58,6 +59,7 @@ def cells(summary: Summary, gflops: float | None = None) -> tuple[str, ...]:
     """
     difference = summary.difference
     cost = pace = ""
+    held = "" if summary.cache is None else f"{100 * summary.cache:.1f}"
     if summary.flops is not None:
         whole, digits = (100.0, 1) if gflops is None else (gflops, 3)
         cost = f"{whole * summary.flops:.{digits}f}"
@@ -69,7 +71,7 @@ def cells(summary: Summary, gflops: float | None = None) -> tuple[str, ...]:
         points_text(summary.accuracy, ""),
         "" if difference is None else points_text(difference, "+"),
         f"{summary.kept:.4g}",
-        cost,
+        *((cost, held) if gflops is None else (cost,)),
         pace,
         str(summary.n),
     )
@@ -81,7 +83,7 @@ def rich_table(summaries: Sequence[Summary], title: str, gflops: float | None = 
     table = Table(
         title=Text(title), caption=caption, caption_justify="left", box=box.SIMPLE, padding=0
     )
-    left_out = (FLOPS,) if gflops is None else ("n",)
+    left_out = (FLOPS, CACHE) if gflops is None else ("n",)
     narrow = [i for i, name in enumerate(names) if name not in left_out]
     for i in narrow:
         table.add_column(names[i], justify="left" if i == 0 else "right", no_wrap=True)
