@@ -19,6 +19,7 @@ LESS = {
     "tune": ["--strategy", "random", "--keep", "75%", "--max-drop", "60", "--limit", "30"]
     + ["--batch-size", "5"],
     "calibrate": SMALL,
+    "analyze": ["--samples", "2", "--batch-size", "2"],
     "train dyvte": ["--samples", "8"],
     "train saisa": ["--samples", "16"],
     "train crossget": ["--samples", "56"],
