@@ -207,6 +207,7 @@ def test_compare_strategies_counts_and_says_what_was_lost(tmp_path: Path) -> Non
     assert 2 * right[0] - right[1] - right[2] <= lost  # gained answers make up the rest
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "library", "said"),
     [

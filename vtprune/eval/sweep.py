@@ -85,8 +85,9 @@ class Sweep:
                 its tokens.
         """
         self.model, self.processor, self.settings = model, processor, settings
-        self.tasks = find_tasks(split(settings.task), self.known)
         self._prepare()
+        self.tasks = find_tasks(split(settings.task), self.known)
+        self._check_tasks()
         self.refused: dict[Point, str] = {}
         for point in points:
             try:
@@ -100,6 +101,9 @@ class Sweep:
 
     def _prepare(self) -> None:
         self.ask = Asker(self.processor, self.settings.hint)
+
+    def _check_tasks(self) -> None:
+        """Raises UnsupportedError where the model's processor takes no videos that are asked."""
         if any(task.videos for task in self.tasks):
             self.ask.check_videos()
 

@@ -38,6 +38,9 @@ class LmmsSweep(Sweep):
 
         self.chat = Chat(self.model, self.processor, self.settings.batch_size)
 
+    def _check_tasks(self) -> None:
+        """Whether its samples have videos is seen when they are asked."""
+
     @property
     def total(self) -> int:
         return len(self.points) * sum(b.n(self.settings.limit) for b in self.tasks)
