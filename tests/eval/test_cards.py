@@ -48,7 +48,7 @@ def on_card(name, column):
 @pytest.mark.parametrize("name", shipped.vlm_names())
 def test_a_model_is_an_instrument_and_does_what_its_card_says(name):
     measured = summaries(name)
-    for column, found in enumerate(measured.values()):
+    for column, found in zip((0, 1, -1), measured.values(), strict=True):
         assert found.n == N
         assert found.accuracy.low <= on_card(name, column) <= found.accuracy.high
     seen, blind, pruned = measured.values()
