@@ -191,10 +191,10 @@ def test_the_example_says_what_was_accepted(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     script = Path(__file__).parents[1] / "examples" / "assisted_decoding.py"
-    few = ["--scenes", "2", "--new-tokens", "8", "--keep", "256", "4"]
+    few = ["--new-tokens", "3", "--keep", "256", "4"]
     monkeypatch.setattr("sys.argv", [script.name, *few])
     runpy.run_path(str(script), run_name="__main__")
     whole, few_tokens = (line.split() for line in capsys.readouterr().out.splitlines()[-2:])
     keep, share, _, accepted, proposed, calls, new = whole
-    assert (keep, share, new) == ("256", "100.0", "16") and accepted == proposed
-    assert int(calls) == 16 - int(accepted) < int(few_tokens[5])
+    assert (keep, share, new) == ("256", "100.0", "42") and accepted == proposed
+    assert int(calls) == 42 - int(accepted) < int(few_tokens[5])
