@@ -18,6 +18,8 @@ from vtprune.eval.report_analysis import read_analysis
 from vtprune.eval.report_analysis_charts import CHARTS, charts, pictures
 from vtprune.eval.sweep import settings_of
 
+pytestmark = pytest.mark.slow
+
 POINTS = ["unpruned 100%", "fastervlm 25%", "fastv 25%", "shortv(layers=(3,)) 100%"]
 
 

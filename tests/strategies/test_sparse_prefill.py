@@ -19,6 +19,8 @@ from vtprune.scoring.flexprefill import blocks_seen
 from vtprune.strategies.flexprefill import FlexPrefill
 from vtprune.strategies.psa import PSA
 
+pytestmark = pytest.mark.slow
+
 
 def by_levels(inputs: Any, levels_of: Any, block: int) -> Any:
     """By hand: each prompt alone over its keys and their means, which count for all they are of."""
